@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on MATH reasoning traces: the library behind the notebooks."""

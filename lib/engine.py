@@ -1,0 +1,328 @@
+"""vLLM behind the assignment's two helpers, `init_vllm` and `load_policy_into_vllm_instance`; nothing else knows vLLM.
+
+Three ways for the weights, none over the disk:
+    two GPUs   vLLM's NCCL weight transfer, from the policy's GPU into the engine's process
+    one GPU    the same through CUDA IPC: the engine reads the policy's memory
+    CPU        the engine lives in this process and reloads the tensors
+"""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lib.logs import captured
+from lib.policy import autocast, named_weights
+
+STOP = "</answer>"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Mean absolute difference of log-probabilities (nats) that counts as the same weights: four times what the engine's
+# first proof showed, within these bounds. Rounding alone makes 0.001 to 0.05 in bf16, by model, and 0.00001 in fp32.
+SYNC_TOLERANCE = {"bf16": (0.03, 0.1), "fp32": (0.001, 0.001)}
+
+
+class EngineError(RuntimeError):
+    """The engine does not hold the weights it should, or can't be started."""
+
+
+@dataclass
+class Engine:
+    """A running vLLM engine with its place and its way of receiving weights."""
+
+    llm: object
+    device: str
+    train_device: str
+    precision: str
+    log_file: Path
+    seed: int
+    start_seconds: float
+    source: object = None  # on GPUs: what vLLM's weight transfer sends
+    transfer: object = None
+    synced: int = 0  # how many times weights were received
+    rounding: float | None = None  # mean difference of the first proof (nats)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling settings of an evaluation; temperature 0 is greedy decoding."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One response: its text (with the stop string), its token ids, and why it ended ('stop' or 'length')."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    log_probs: list[float] | None = None
+
+
+def init_vllm(
+    model: str,
+    device: str,
+    train_device: str,
+    *,
+    log_file: Path,
+    precision: str = "bf16",
+    seed: int = 0,
+    max_model_len: int,
+    gpu_memory_utilization: float = 0.85,
+    enable_prefix_caching: bool = True,
+    trust_remote_code: bool = False,
+) -> Engine:
+    """Start an engine for `model` on `device`, ready to receive the weights of a policy on `train_device`.
+
+    `max_model_len` counts prompt and response tokens. On a GPU that it shares with the policy, the engine takes
+    `gpu_memory_utilization` of the memory. What vLLM prints goes to `log_file`.
+    Raises `EngineError` with the end of that file in mind if the engine does not start.
+    """
+    started = time.perf_counter()
+    settings = {
+        "model": model,
+        "dtype": DTYPES[precision],
+        "seed": seed,
+        "max_model_len": max_model_len,
+        "enable_prefix_caching": enable_prefix_caching,
+        "trust_remote_code": trust_remote_code,
+        "disable_log_stats": True,
+    }
+    # The engine serves nobody but this process: its sockets stay on the loopback interface.
+    os.environ["VLLM_HOST_IP"] = "127.0.0.1"
+    if device == "cpu":
+        settings |= _prepare_cpu()
+    else:
+        settings |= _prepare_gpu(device, train_device, gpu_memory_utilization)
+    affinity, set_num_threads = os.sched_getaffinity(0), torch.set_num_threads
+    try:
+        with captured(log_file):
+            from vllm import LLM
+
+            llm = LLM(**settings)
+    except Exception as error:
+        raise EngineError(f"vLLM did not start on {device}: {error} (its log: {log_file.name})") from error
+    finally:
+        # On the CPU vLLM pins this process and forbids changing its threads, which would slow training to a crawl.
+        os.sched_setaffinity(0, affinity)
+        torch.set_num_threads = set_num_threads
+    return Engine(llm, device, train_device, precision, log_file, seed, time.perf_counter() - started)
+
+
+def _prepare_cpu() -> dict:
+    """Settings of an engine inside this process: nothing compiled, no thread bound, 1 GiB of key/value cache."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    # With eager mode and a fixed cache there is nothing to warm up: the engine starts in seconds.
+    return {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 128}
+
+
+def _prepare_gpu(device: str, train_device: str, gpu_memory_utilization: float) -> dict:
+    """Settings of an engine in a process of its own on `device`, and of its weight transfer."""
+    from vllm.config import WeightTransferConfig
+
+    one_gpu = device == train_device
+    if one_gpu:
+        # CUDA IPC handles travel to the engine's process, a child of this one, as pickles.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    return {
+        "device_ids": [int(device.split(":")[1])],
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "max_num_seqs": 1024,
+        "weight_transfer_config": WeightTransferConfig(backend="ipc" if one_gpu else "nccl"),
+    }
+
+
+def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> float:
+    """Copy the policy's weights into the engine, drop what it cached of the old ones, and return the seconds it took.
+
+    vLLM does not reset its prefix cache after a weight update: evaluated on the same prompts again, it would reuse
+    key/value blocks of the old policy in silence.
+    """
+    started = time.perf_counter()
+    with captured(engine.log_file):
+        if engine.device == "cpu":
+            weights = named_weights(policy, DTYPES[engine.precision])
+            engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            engine.llm.apply_model(_repack_tied_head)
+        else:
+            _send_to_gpu(policy, engine)
+        if not engine.llm.reset_prefix_cache():
+            raise EngineError("vLLM did not reset its prefix cache: requests were still running")
+    engine.synced += 1
+    return time.perf_counter() - started
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """Pack the output projection again: where it is tied to the embedding, vLLM's reload refreshes only the latter.
+
+    On the CPU vLLM multiplies with a packed copy of the matrix, which would stay that of the old policy.
+    """
+    head = getattr(model, "lm_head", None)
+    if getattr(head, "cpu_linear", None) is not None:
+        head.quant_method.process_weights_after_loading(head)
+
+
+class _Client:
+    """What vLLM's trainer side asks of the inference side, handed to an offline `LLM`."""
+
+    def __init__(self, llm):
+        self.llm = llm
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        self.llm.shutdown_weight_transfer_engine()
+
+    def start_weight_update(self) -> None:
+        self.llm.start_weight_update()
+
+    def update_weights(self, update_info) -> None:
+        self.llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.llm.finish_weight_update(weight_version)
+
+
+def _send_to_gpu(policy: torch.nn.Module, engine: Engine) -> None:
+    """Send the policy's weights in the engine's precision: in bf16 half the bytes of the fp32 master weights."""
+    with torch.cuda.device(engine.train_device):
+        if engine.transfer is None:
+            engine.source, engine.transfer = _open_transfer(engine)
+        engine.source.weights = list(named_weights(policy, DTYPES[engine.precision]))
+        # vLLM reads them on streams of its own, or in the engine's process: neither waits for what this stream has
+        # still to do, such as the optimizer's last update.
+        torch.cuda.synchronize()
+        engine.transfer.send_weights()
+        engine.source.weights = []
+
+
+def _open_transfer(engine: Engine):
+    """Open vLLM's weight transfer between this process and the engine's: NCCL for two GPUs, IPC for one.
+
+    Returns the source, whose `weights` are sent, and the transfer.
+    """
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class ListSource(WeightSource):
+        weights: list[tuple[str, torch.Tensor]]
+
+        def metadata(self):
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.weights]
+
+        def __iter__(self):
+            return iter(self.weights)
+
+    client, source = _Client(engine.llm), ListSource()
+    if engine.device == engine.train_device:
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
+
+        info = IPCTrainerInitInfo(rank=0)
+        return source, IPCTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+
+    info = NCCLTrainerInitInfo("127.0.0.1", _free_port(), 2, rank=0)
+    return source, NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def generate(
+    engine: Engine, prompts: list[list[int]], sampling: Sampling, *, seed: int = 0, log_probs: bool = False
+) -> list[Generation]:
+    """One response for each prompt (token ids, so that training and evaluation see the same), in order.
+
+    Generation stops at `</answer>`, which is kept.
+
+    On the CPU the same weights, prompts and `seed` give the same responses. A GPU engine draws from a stream of its
+    own that starts at the engine's seed.
+    """
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_new_tokens,
+        stop=[STOP],
+        include_stop_str_in_output=True,  # vLLM drops the stop string by default: every format reward would be 0
+        logprobs=0 if log_probs else None,
+    )
+    if engine.device == "cpu":
+        torch.manual_seed(seed)  # the engine in this process samples from torch's own generator
+    with captured(engine.log_file):
+        outputs = engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    generations = []
+    for output in outputs:
+        response = output.outputs[0]
+        token_ids = list(response.token_ids)
+        values = None
+        if log_probs:
+            values = [step[token].logprob for step, token in zip(response.logprobs, token_ids, strict=True)]
+        reason = "length" if response.finish_reason == "length" else "stop"
+        generations.append(Generation(response.text, token_ids, reason, values))
+    return generations
+
+
+def prove_sync(policy: torch.nn.Module, engine: Engine, prompts: list[list[int]], new_tokens: int = 16) -> dict:
+    """Prove that the engine holds the policy's weights: both must give its generated tokens the same log-probability.
+
+    The tokens are generated (from prompts that evaluations use again and again), because only generation goes through
+    the prefix cache: scoring a prompt bypasses it and would miss stale blocks.
+    Returns tokens, mean and largest absolute difference (nats) and the tolerance; raises `EngineError` beyond it.
+    """
+    generations = generate(engine, prompts, Sampling(1.0, 1.0, new_tokens), log_probs=True)
+    differences = []
+    was_training = policy.training
+    policy.eval()
+    for prompt_ids, generation in zip(prompts, generations, strict=True):
+        ids = torch.tensor([prompt_ids + generation.token_ids], device=engine.train_device)
+        with torch.no_grad(), autocast(engine.train_device, engine.precision):
+            logits = policy(ids[:, :-1]).logits[0, len(prompt_ids) - 1 :].float()  # (new tokens, V)
+        chosen = logits.log_softmax(-1).gather(-1, ids[0, len(prompt_ids) :, None])[:, 0]
+        differences += (chosen.cpu() - torch.tensor(generation.log_probs)).abs().tolist()
+    policy.train(was_training)
+    mean = sum(differences) / len(differences)
+    low, high = SYNC_TOLERANCE[engine.precision]
+    tolerance = high if engine.rounding is None else min(max(4 * engine.rounding, low), high)
+    if not mean <= tolerance:
+        raise EngineError(
+            f"the engine does not hold the policy's weights: log-probabilities of {len(differences)} generated tokens "
+            f"differ by {mean:.4f} nats on average (tolerance {tolerance:.4f})"
+        )
+    if engine.rounding is None:
+        engine.rounding = mean
+    return {
+        "tokens": len(differences),
+        "mean_abs_difference": mean,
+        "max_abs_difference": max(differences),
+        "tolerance": tolerance,
+    }
+
+
+def shutdown(engine: Engine) -> None:
+    """End the engine and free its memory, its processes and its ports; safe to call twice."""
+    llm, engine.llm = engine.llm, None
+    if llm is None:
+        return
+    with captured(engine.log_file):
+        if engine.transfer is not None:
+            engine.transfer.shutdown()
+            engine.transfer = None
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        if engine.device == "cpu":
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+        else:
+            torch.cuda.empty_cache()

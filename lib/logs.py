@@ -1,0 +1,53 @@
+"""Sends what the libraries print to a file in the run's folder, so that a notebook shows only what it says itself."""
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def captured(path: Path):
+    """While it lasts, everything that Python, native code and child processes print goes to the end of `path`.
+
+    vLLM binds its log handler to the standard output of the moment when it is imported, and its worker processes
+    inherit file descriptors 1 and 2: both must happen inside.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = _open(path)
+    saved = os.dup(1), os.dup(2)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    try:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            yield
+    finally:
+        for target, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, target)
+            os.close(copy)
+
+
+@functools.cache
+def _open(path: Path):
+    """The log file, open until the process ends: log handlers keep the stream that they found."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
+def quiet_libraries(path: Path) -> None:
+    """For the rest of the process: log records and warnings of all libraries go to `path`, progress bars nowhere."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()

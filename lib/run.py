@@ -1,0 +1,302 @@
+"""One run, put together: what `notebooks/train.ipynb` calls, in the order in which it calls it."""
+
+import contextlib
+import hashlib
+import json
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from lib import engine as engines
+from lib import evaluate as evaluation
+from lib.batching import Sequence, encode, make_batches
+from lib.config import RunConfig, UserError, describe_environment, shorten_path, write_json
+from lib.data import (
+    Problem,
+    Template,
+    load_evaluation_problems,
+    load_examples,
+    select_examples,
+    stratified_subset,
+)
+from lib.grading import stop_workers
+from lib.logs import captured, quiet_libraries
+from lib.policy import load_policy, load_tokenizer
+from lib.tracking import Tracker, read_lines
+from lib.train import evaluation_steps
+
+BASE = {"train_step": 0, "epoch": 0.0, "examples_seen": 0}  # the position of the untrained model
+PROOF_PROMPTS = 8
+SUBSET_SEED = 0  # the validation subset is the same for every run, whatever its seed: runs are compared on it
+
+
+@dataclass
+class Run:
+    """Everything that a run works with; `prepare` fills the upper part, `start` the lower one."""
+
+    config: RunConfig
+    tokenizer: object
+    template: Template
+    sizes: dict
+    batches: list[list[Sequence]]
+    problems: list[Problem]
+    prompts: list[list[int]]
+    subset_ids: set[str]
+    shown_ids: set[str]
+    log_file: Path
+    tracker: Tracker | None = None
+    policy: torch.nn.Module | None = None
+    engine: engines.Engine | None = None
+    seconds: dict = field(default_factory=dict)
+
+    @property
+    def evaluation_steps(self) -> set[int]:
+        return evaluation_steps(len(self.batches), self.config.eval_interval)
+
+    @contextlib.contextmanager
+    def recorded(self, part: str):
+        """Count the seconds of a part of the run; an error in it shuts the engine down and leaves `failed.json`."""
+        started = time.perf_counter()
+        try:
+            yield
+        except BaseException as error:
+            if self.engine is not None:
+                engines.shutdown(self.engine)
+            if self.tracker is not None:
+                self.tracker.fail(error)
+            raise
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+
+def prepare(config: RunConfig) -> Run:
+    """Read and check all data, choose the examples, and cut the batches; no model is loaded, nothing is written."""
+    data_dir = Path(config.data_dir)
+    examples, template = load_examples(data_dir, config.prompt_template)
+    problems = load_evaluation_problems(data_dir, config.eval_split, examples)
+    if config.n_val > len(problems):
+        raise UserError(f"n_val={config.n_val}: there are only {len(problems)} problems in this split")
+    problems = stratified_subset(problems, config.n_val_final, SUBSET_SEED)
+    subset = stratified_subset(problems, config.n_val, SUBSET_SEED)
+    training = select_examples(examples, config.n, config.filtered, config.seed)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    sequences = encode(training.examples, tokenizer, config.max_length)
+    batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
+    run = Run(
+        config=config,
+        tokenizer=tokenizer,
+        template=template,
+        sizes={
+            **training.sizes,
+            "template": template.name,
+            "validation": len(problems),
+            "validation_subset": len(subset),
+            "train_steps": len(batches),
+            "train_tokens_per_epoch": sum(len(s.token_ids) for s in sequences),
+            "longest_example": max(len(s.token_ids) for s in sequences),
+        },
+        batches=batches,
+        problems=problems,
+        prompts=evaluation.encode_prompts(problems, template, tokenizer),
+        subset_ids={p.id for p in subset},
+        shown_ids={p.id for p in stratified_subset(subset, config.log_generations, SUBSET_SEED)}
+        if config.log_generations
+        else set(),
+        log_file=config.run_dir / "run.log",
+    )
+    _check_context_length(run)
+    return run
+
+
+def _check_context_length(run: Run) -> None:
+    limit = getattr(AutoConfig.from_pretrained(run.config.model), "max_position_embeddings", None)
+    if limit is None:
+        return
+    if longest_evaluation(run) > limit:
+        longest_prompt = max(map(len, run.prompts))
+        raise UserError(
+            f"max_new_tokens={run.config.max_new_tokens}: with the longest prompt ({longest_prompt} tokens) "
+            f"more than the model's {limit} positions"
+        )
+    if run.sizes["longest_example"] > limit:
+        raise UserError(
+            f"max_length={run.config.max_length}: the longest example has {run.sizes['longest_example']} tokens, "
+            f"more than the model's {limit} positions"
+        )
+
+
+def longest_evaluation(run: Run) -> int:
+    """Tokens of the longest prompt and response together: the context that the engine must hold."""
+    return max(map(len, run.prompts)) + run.config.max_new_tokens
+
+
+def start(run: Run) -> None:
+    """Open the run's folder, load the policy, and start the engine."""
+    config = run.config
+    quiet_libraries(run.log_file)
+    run.tracker = Tracker(config, describe_environment(config), run.sizes)
+    torch.manual_seed(config.seed)
+    with run.recorded("setup"), captured(run.log_file):
+        run.policy = load_policy(config.model, config.train_device, config.trust_remote_code)
+    with run.recorded("engine_start"):
+        run.engine = start_engine(run, run.log_file)
+
+
+def start_engine(run: Run, log_file: Path) -> engines.Engine:
+    """An engine for the run's model and devices, with room for its longest prompt and response."""
+    config = run.config
+    return engines.init_vllm(
+        config.model,
+        config.eval_device,
+        config.train_device,
+        log_file=log_file,
+        precision=config.precision,
+        seed=config.seed,
+        max_model_len=longest_evaluation(run),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def evaluate_policy(run: Run, position: dict) -> list[dict]:
+    """Send the policy's weights to the engine, prove that they arrived, evaluate, and log.
+
+    `position` holds `train_step`, `epoch` and `examples_seen`. At the last step all problems are evaluated (and, by
+    `greedy`, once more greedily), and the line of the subset is taken from these records.
+    Returns the lines written to `evaluations.jsonl`.
+    """
+    config = run.config
+    with run.recorded("sync"):
+        sync_seconds = engines.load_policy_into_vllm_instance(run.policy, run.engine)
+        proof = None
+        if config.verify_sync == "always" or run.engine.synced == 1:
+            proof = engines.prove_sync(run.policy, run.engine, run.prompts[:: len(run.prompts) // PROOF_PROMPTS or 1])
+    final = position["train_step"] in (0, len(run.batches))
+    positions = [i for i, p in enumerate(run.problems) if final or p.id in run.subset_ids]
+    decodings = ["sampled"]
+    if config.greedy == "always" or (config.greedy == "final" and final):
+        decodings.append("greedy")
+    lines = []
+    for decoding in decodings:
+        with run.recorded("evaluate"):
+            result = _evaluate_at(run, positions, decoding, config.seed + position["train_step"])
+        settings = {
+            **{key: position[key] for key in BASE},
+            "decoding": decoding,
+            "temperature": config.temperature if decoding == "sampled" else 0.0,
+            "top_p": config.top_p if decoding == "sampled" else 1.0,
+            "max_new_tokens": config.max_new_tokens,
+            "seconds": {"sync": sync_seconds, **result.seconds},
+            "sync_proof": proof,
+        }
+        if final:
+            lines.append((settings | {"split": "full"}, result.records))
+        subset = [r for r in result.records if r["id"] in run.subset_ids]
+        lines.append((settings | {"split": "subset"}, subset))
+    return [
+        run.tracker.log_evaluation(settings | evaluation.summarize(records), records) for settings, records in lines
+    ]
+
+
+def _evaluate_at(run: Run, positions: list[int], decoding: str, seed: int) -> evaluation.Evaluation:
+    config = run.config
+    sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
+    if decoding == "greedy":
+        sampling = engines.Sampling(0.0, 1.0, config.max_new_tokens)
+    problems, prompts = [run.problems[i] for i in positions], [run.prompts[i] for i in positions]
+    result = evaluation.evaluate(run.engine, problems, prompts, sampling, seed)
+    shown = [i for i, p in enumerate(problems) if p.id in run.shown_ids]
+    evaluation.log_generations(run.policy, result, prompts, shown, config.train_device, config.precision)
+    return result
+
+
+def evaluate_base(run: Run) -> tuple[list[dict], str]:
+    """Evaluate the untrained model, or reuse what an earlier run measured with the same model, data and sampling.
+
+    An untrained base runs most responses to their limit, so this can take longer than the training. Returns the lines
+    of `evaluations.jsonl` and a sentence that says which of the two happened.
+    """
+    settings = _base_settings(run)
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(run.config.runs_dir) / f"base-{key}"
+    stored = folder / "evaluations.jsonl"
+    if stored.exists() and (folder / "settings.json").exists():
+        lines = []
+        for line in read_lines(stored):
+            elsewhere = {"reused_from": folder.name, "records": f"../{folder.name}/{line['records']}"}
+            lines.append(run.tracker.log_evaluation(line | elsewhere, None))
+        return lines, f"Reused from {shorten_path(str(folder))}, measured by run {read_measured_by(folder)}."
+    with run.recorded("base_evaluation"):
+        lines = evaluate_policy(run, BASE)
+    (folder / "evaluations").mkdir(parents=True, exist_ok=True)
+    for line in lines:
+        (folder / line["records"]).write_bytes((run.config.run_dir / line["records"]).read_bytes())
+    stored.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    write_json(folder / "settings.json", settings | {"measured_by": run.config.run_name})
+    return lines, f"Measured now, and kept in {shorten_path(str(folder))} for later runs."
+
+
+def read_measured_by(folder: Path) -> str:
+    return json.loads((folder / "settings.json").read_text(encoding="utf-8"))["measured_by"]
+
+
+def _base_settings(run: Run) -> dict:
+    """All that the base's numbers depend on; the seed is left out, so that runs of several seeds share them."""
+    config = run.config
+    problems = json.dumps([(p.id, p.problem, p.answer) for p in run.problems]).encode()
+    return {
+        "model": shorten_path(config.model),
+        "weights": _fingerprint(config.model),
+        "problems": hashlib.sha256(problems).hexdigest(),
+        "subset": hashlib.sha256(json.dumps(sorted(run.subset_ids)).encode()).hexdigest(),
+        "template": hashlib.sha256(run.template.text.encode()).hexdigest(),
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "max_new_tokens": config.max_new_tokens,
+        "greedy": config.greedy,
+        "precision": config.precision,
+        "device": config.eval_device.split(":")[0],
+    }
+
+
+def _fingerprint(model: str) -> list | None:
+    """Sizes and first MiB of a model folder's weight files; None for a hub id, which names its weights."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    marks = []
+    for path in files:
+        with open(path, "rb") as file:
+            marks.append([path.name, path.stat().st_size, hashlib.sha256(file.read(1 << 20)).hexdigest()])
+    return marks or None
+
+
+def finish(run: Run, metrics: list[dict], final: dict) -> dict:
+    """Shut the engine down, keep the model if asked, and write `summary.json`, which marks the run as finished."""
+    with run.recorded("shutdown"):
+        engines.shutdown(run.engine)
+        stop_workers()
+        if run.config.keep_model:
+            run.policy.save_pretrained(run.config.run_dir / "model")
+            run.tokenizer.save_pretrained(run.config.run_dir / "model")
+    tokens, train_seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)
+    return run.tracker.finish(
+        {
+            "seconds": run.seconds | {"train": train_seconds},
+            "train_tokens": tokens,
+            "train_tokens_per_second": tokens / train_seconds,
+            "peak_train_memory_bytes": _peak_memory(run.config.train_device),
+            "final_accuracy": final["accuracy"],
+            "final_accuracy_low": final["accuracy_low"],
+            "final_accuracy_high": final["accuracy_high"],
+        }
+    )
+
+
+def _peak_memory(device: str) -> int:
+    """Most bytes ever allocated by PyTorch on a GPU; on the CPU most resident memory of this process."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated(device)

@@ -1,0 +1,108 @@
+"""Algorithm 1 of the assignment: supervised fine-tuning, one optimizer step at a time."""
+
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+
+from lib.batching import Sequence, make_microbatches
+from lib.config import RunConfig
+from lib.policy import autocast, response_log_probs
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says where it stopped and what to change."""
+
+
+def make_optimizer(policy: torch.nn.Module, config: RunConfig, total_steps: int):
+    """AdamW and its schedule: linear warm-up over `warmup_ratio` of the steps, then cosine decay towards zero."""
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=config.weight_decay,
+        fused=config.train_device != "cpu",
+    )
+    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+
+    def factor(step: int) -> float:  # from 0; neither the first nor the last step has a rate of zero
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_steps(
+    policy: torch.nn.Module,
+    batches: list[list[Sequence]],
+    config: RunConfig,
+    pad_token_id: int,
+    n_examples: int,
+) -> Iterator[dict]:
+    """Train on `batches` in order, yielding a dict of metrics after each optimizer step.
+
+    The loss of a step is the negative log-likelihood of all response tokens of its batch over their number, so it does
+    not depend on how the batch is cut into microbatches. Raises `TrainingError` for a loss that is not finite, before
+    the weights are touched, and for a GPU that is out of memory.
+    """
+    device = config.train_device
+    optimizer, scheduler = make_optimizer(policy, config, len(batches))
+    policy.train()
+    examples_seen = 0
+    for step, batch in enumerate(batches, start=1):
+        started = time.perf_counter()
+        response_tokens = sum(s.response_length for s in batch)
+        loss = torch.zeros((), device=device)
+        entropy = torch.zeros((), device=device)
+        try:
+            for microbatch in make_microbatches(batch, config.microbatch_size, pad_token_id):
+                microbatch = microbatch.to(device)
+                with autocast(device, config.precision):
+                    log_probs, token_entropy = response_log_probs(
+                        policy, microbatch.input_ids, microbatch.labels, microbatch.response_mask
+                    )
+                microbatch_loss = -log_probs.sum() / response_tokens
+                microbatch_loss.backward()
+                loss += microbatch_loss.detach()
+                entropy += token_entropy.sum() / response_tokens
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"step {step}: {device} is out of memory; lower microbatch_size={config.microbatch_size} "
+                f"or max_length (the results stay the same with a smaller microbatch_size)"
+            ) from error
+        gradient_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.gradient_clip)
+        loss_value, norm_value, entropy_value = torch.stack([loss, gradient_norm, entropy]).tolist()  # the one wait
+        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+            raise TrainingError(
+                f"step {step}: loss {loss_value}, gradient norm {norm_value}; stopped before the update. "
+                f"Batch: {', '.join(s.id for s in batch)}. A lower learning_rate={config.learning_rate:g} may help."
+            )
+        learning_rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        examples_seen += len(batch)
+        seconds = time.perf_counter() - started
+        tokens = sum(len(s.token_ids) for s in batch)
+        yield {
+            "train_step": step,
+            "loss": loss_value,
+            "grad_norm": norm_value,
+            "learning_rate": learning_rate,
+            "token_entropy": entropy_value,
+            "tokens": tokens,
+            "response_tokens": response_tokens,
+            "tokens_per_second": tokens / seconds,
+            "epoch": examples_seen / n_examples,
+            "examples_seen": examples_seen,
+            "seconds": seconds,
+        }
+
+
+def evaluation_steps(total_steps: int, eval_interval: int | None) -> set[int]:
+    """After which optimizer steps to evaluate: every `eval_interval`-th (None: five times a run) and the last."""
+    interval = eval_interval or max(1, math.ceil(total_steps / 5))
+    return {*range(interval, total_steps + 1, interval), total_steps}

@@ -1,0 +1,93 @@
+"""Tuning: learning rate x batch size on the full set by short runs, on problems that the final numbers don't use."""
+
+import copy
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lib import engine as engines
+from lib.config import RunConfig, write_json
+from lib.evaluate import evaluate, summarize
+from lib.grading import stop_workers
+from lib.logs import captured, quiet_libraries
+from lib.policy import load_policy
+from lib.run import PROOF_PROMPTS, prepare, start_engine
+from lib.tracking import read_lines
+from lib.train import train_steps
+
+KEPT = ("n", "correct", "accuracy", "accuracy_low", "accuracy_high", "format_rate")
+
+
+def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int], folder: Path) -> Iterator[dict]:
+    """Train once for each point of the grid, evaluate it, append a line to `tuning.jsonl`, and yield the line.
+
+    One engine and one copy of the base's weights serve all points; points that the file already has are yielded from
+    it. `config.eval_split` should be 'tuning', so that nothing is chosen on validation problems.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, log_file = folder / "tuning.jsonl", folder / "run.log"
+    done = {(row["learning_rate"], row["batch_size"]): row for row in read_lines(path)}
+    grid = list(itertools.product(learning_rates, batch_sizes))
+    runs = {point: prepare(replace(config, learning_rate=point[0], batch_size=point[1])) for point in grid}
+    yield from (done[point] for point in grid if point in done)
+    left = [point for point in grid if point not in done]
+    if not left:
+        return
+    quiet_libraries(log_file)
+    with captured(log_file):
+        policy = load_policy(config.model, config.train_device, config.trust_remote_code)
+    base = copy.deepcopy(policy.state_dict())
+    engine = start_engine(runs[left[0]], log_file)
+    try:
+        for point in left:
+            policy.load_state_dict(base)
+            row = _train_and_evaluate(policy, engine, runs[point])
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            yield row
+    finally:
+        engines.shutdown(engine)
+        stop_workers()
+
+
+def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> dict:
+    config, started = run.config, time.perf_counter()
+    metrics = list(train_steps(policy, run.batches, config, run.tokenizer.pad_token_id, run.sizes["selected"]))
+    engines.load_policy_into_vllm_instance(policy, engine)
+    engines.prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
+    chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]
+    sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
+    problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
+    summary = summarize(evaluate(engine, problems, prompts, sampling, config.seed).records)
+    last = metrics[-max(1, len(metrics) // 10) :]
+    return {
+        "learning_rate": config.learning_rate,
+        "batch_size": config.batch_size,
+        "epochs": config.epochs,
+        "train_steps": len(metrics),
+        **{key: summary[key] for key in KEPT},
+        "final_loss": sum(m["loss"] for m in last) / len(last),
+        "seconds": time.perf_counter() - started,
+        "seed": config.seed,
+    }
+
+
+def choose(rows: list[dict], folder: Path) -> dict:
+    """The point of highest accuracy, written to `choice.json` with the reason and the points it can't be told from."""
+    best = max(rows, key=lambda row: row["accuracy"])
+    close = [r for r in rows if r is not best and r["accuracy_high"] >= best["accuracy"]]
+    why = (
+        f"highest accuracy, {best['accuracy']:.1%} ({best['accuracy_low']:.1%} to {best['accuracy_high']:.1%}), "
+        f"of {len(rows)} points on {best['n']} tuning problems after {best['epochs']:g} epochs"
+    )
+    if close:
+        points = ", ".join(f"{r['learning_rate']:g} x {r['batch_size']} ({r['accuracy']:.1%})" for r in close)
+        why += f"; its accuracy lies inside the interval of {points}, so the choice among these is not sure"
+    choice = {"learning_rate": best["learning_rate"], "batch_size": best["batch_size"], "why": why}
+    write_json(folder / "choice.json", choice)
+    return choice
