@@ -1,0 +1,229 @@
+"""The course's functions against a second route, and the training path against them: loss and gradients."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from lib import loss as losses
+from lib.batching import collate, encode, make_batches, make_microbatches, number_of_steps
+from lib.config import UserError, resolve
+from lib.data import load_examples
+from lib.policy import load_policy, load_tokenizer, named_weights, response_log_probs, shared_prefix_length
+from lib.train import TrainingError, evaluation_steps, train_steps
+
+PROMPTS, OUTPUTS = ["What is 2 + 3?", "Compute 12."], [" 5", " 12 = 3 \\cdot 4 </answer>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+def test_prompt_and_output_are_tokenized_apart_and_joined(tokenizer):
+    batch = losses.tokenize_prompt_and_output(PROMPTS, OUTPUTS, tokenizer)
+    expected = [tokenizer(p)["input_ids"] + tokenizer(o)["input_ids"] for p, o in zip(PROMPTS, OUTPUTS, strict=True)]
+    longest = max(map(len, expected))
+    assert {k: tuple(v.shape) for k, v in batch.items()} == dict.fromkeys(batch, (2, longest - 1))
+    for row, (ids, prompt) in enumerate(zip(expected, PROMPTS, strict=True)):
+        padded = ids + [tokenizer.pad_token_id] * (longest - len(ids))
+        assert batch["input_ids"][row].tolist() == padded[:-1]
+        assert batch["labels"][row].tolist() == padded[1:]
+        # the mask stands on the labels: the last prompt token predicts the first output token
+        first = len(tokenizer(prompt)["input_ids"]) - 1
+        assert batch["response_mask"][row].nonzero()[:, 0].tolist() == list(range(first, len(ids) - 1))
+
+
+def test_entropy_of_known_distributions():
+    assert losses.compute_entropy(torch.zeros(3, 5, 8)).allclose(torch.full((3, 5), math.log(8)))
+    logits = torch.log(torch.tensor([0.5, 0.25, 0.25]))
+    assert losses.compute_entropy(logits).item() == pytest.approx(1.5 * math.log(2))
+    assert losses.compute_entropy(torch.tensor([1e4, 0.0])).item() == 0  # a naive exp would overflow
+
+
+def test_masked_normalize_sums_the_mask_and_divides_by_the_constant():
+    tensor = torch.arange(6.0).reshape(2, 3)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    assert losses.masked_normalize(tensor, mask, 7.0).item() == pytest.approx((0 + 2 + 4 + 5) / 7)
+    assert losses.masked_normalize(tensor, mask, 7.0, dim=0).tolist() == pytest.approx([0, 4 / 7, 7 / 7])
+    assert losses.masked_normalize(tensor, mask, 7.0, dim=1).tolist() == pytest.approx([2 / 7, 9 / 7])
+
+
+def test_microbatch_step_equals_cross_entropy_in_loss_and_gradient(model, tokenizer):
+    batch = losses.tokenize_prompt_and_output(PROMPTS, OUTPUTS, tokenizer)
+    result = losses.get_response_log_probs(model, batch["input_ids"], batch["labels"], return_token_entropy=True)
+    loss, _ = losses.sft_microbatch_train_step(result["log_probs"], batch["response_mask"], 3, 5.0)
+    gradients = [p.grad.clone() for p in model.parameters()]
+
+    model.zero_grad()
+    logits = model(batch["input_ids"]).logits
+    labels = batch["labels"].masked_fill(~batch["response_mask"], -100)
+    expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (5.0 * 2 * 3)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-4, atol=1e-6)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(result["token_entropy"], entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_response_only_logits_equal_the_reference(model, tokenizer):
+    batch = losses.tokenize_prompt_and_output(PROMPTS, OUTPUTS, tokenizer)
+    reference = losses.get_response_log_probs(model, batch["input_ids"], batch["labels"], return_token_entropy=True)
+    log_probs, entropy = response_log_probs(model, **batch)
+    torch.testing.assert_close(log_probs, reference["log_probs"][batch["response_mask"]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, reference["token_entropy"][batch["response_mask"]], rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_preamble_is_computed_once_with_the_same_gradients(model, tokenizer, data_dir):
+    """The rows' gradients must add up in the prefix that they share, and none may end in its padding."""
+    batch = collate(encode(load_examples(data_dir)[0][:5], tokenizer, 512), tokenizer.pad_token_id)
+    shared = shared_prefix_length(batch.input_ids, batch.response_mask)
+    assert 90 < shared < int(batch.response_mask.int().argmax(dim=1).min())
+    log_probs, entropy = response_log_probs(model, batch.input_ids, batch.labels, batch.response_mask)
+    weights = torch.arange(len(log_probs)) / len(log_probs)  # every token with a weight of its own
+    (log_probs * weights).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    reference = losses.get_response_log_probs(model, batch.input_ids, batch.labels, return_token_entropy=True)
+    expected = reference["log_probs"][batch.response_mask]
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entropy, reference["token_entropy"][batch.response_mask], rtol=1e-4, atol=1e-4)
+    for ours, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-3, atol=1e-4 * p.grad.abs().max().item())
+
+
+def test_rows_without_a_common_preamble_share_nothing():
+    ids = torch.arange(40).repeat(3, 1)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 30:] = True
+    assert shared_prefix_length(ids, mask) == 30  # up to the first response label
+    assert shared_prefix_length(ids[:1], mask[:1]) == 0  # one row has nothing to share with
+    ids[1, 10] = 99
+    assert shared_prefix_length(ids, mask) == 0  # too short to pay
+
+
+@pytest.fixture
+def config(parameters):
+    settings = {"precision": "fp32", "learning_rate": 1e-3, "epochs": 2, "batch_size": 6, "microbatch_size": 4}
+    return resolve(parameters | settings)
+
+
+def train(config, data_dir, model_folder, n=10):
+    tokenizer = load_tokenizer(str(model_folder))
+    sequences = encode(load_examples(data_dir)[0][:n], tokenizer, config.max_length)
+    batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
+    policy = load_policy(str(model_folder), "cpu")
+    return policy, batches, list(train_steps(policy, batches, config, tokenizer.pad_token_id, n))
+
+
+def test_a_step_equals_the_course_functions(config, data_dir, tiny_model):
+    """Loss, gradient norm and entropy of the first step, recomputed with the course's functions over one padded batch.
+
+    Guards against a mean of microbatch means: the loss is normalized over all response tokens of the batch.
+    """
+    _, batches, metrics = train(config, data_dir, tiny_model)
+    tokenizer, model = load_tokenizer(str(tiny_model)), load_policy(str(tiny_model), "cpu")
+    batch = collate(batches[0], tokenizer.pad_token_id)
+    result = losses.get_response_log_probs(model, batch.input_ids, batch.labels, return_token_entropy=True)
+    tokens = batch.response_mask.sum()
+    loss, _ = losses.sft_microbatch_train_step(
+        result["log_probs"], batch.response_mask, 1, normalize_constant=tokens / len(batches[0])
+    )
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
+    assert metrics[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    entropy = losses.masked_normalize(result["token_entropy"], batch.response_mask, tokens)
+    assert metrics[0]["token_entropy"] == pytest.approx(entropy.item(), rel=1e-4)
+    assert metrics[0]["response_tokens"] == tokens
+
+
+def test_the_cut_into_microbatches_changes_nothing(config, data_dir, tiny_model, parameters):
+    whole = resolve(parameters | {**config.to_dict(), "microbatch_size": 6})
+    single = resolve(parameters | {**config.to_dict(), "microbatch_size": 1})
+    curves = [[m["loss"] for m in train(c, data_dir, tiny_model)[2]] for c in (config, whole, single)]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_curve_and_another_does_not(config, data_dir, tiny_model, parameters):
+    first, again = (train(config, data_dir, tiny_model)[2] for _ in range(2))
+    assert [m["loss"] for m in first] == [m["loss"] for m in again]
+    other = train(resolve(parameters | {**config.to_dict(), "seed": 1}), data_dir, tiny_model)[2]
+    assert [m["loss"] for m in first] != [m["loss"] for m in other]
+
+
+def test_training_learns_and_the_schedule_ends_near_zero(parameters, data_dir, tiny_model):
+    config = resolve(parameters | {"precision": "fp32", "learning_rate": 5e-3, "epochs": 15, "batch_size": 5})
+    _, _, metrics = train(config, data_dir, tiny_model)
+    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
+    rates = [m["learning_rate"] for m in metrics]
+    assert max(rates) == pytest.approx(5e-3, rel=0.05) and rates[0] > 0 and rates[-1] < 0.05 * max(rates)
+    assert metrics[-1]["examples_seen"] == 150 and metrics[-1]["epoch"] == 15
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(config, data_dir, tiny_model):
+    tokenizer, policy = load_tokenizer(str(tiny_model)), load_policy(str(tiny_model), "cpu")
+    sequences = encode(load_examples(data_dir)[0][:6], tokenizer, 512)
+    with torch.no_grad():
+        policy.model.norm.weight[0] = float("nan")
+    before = [p.clone() for p in policy.parameters()]
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*sft/\d+"):
+        list(train_steps(policy, [sequences], config, tokenizer.pad_token_id, 6))
+    for old, new in zip(before, policy.parameters(), strict=True):
+        torch.testing.assert_close(old, new, equal_nan=True)
+
+
+def test_batches_cover_every_example_once_an_epoch(config, data_dir, tokenizer):
+    sequences = encode(load_examples(data_dir)[0][:10], tokenizer, 512)
+    batches = make_batches(sequences, batch_size=4, epochs=3, max_steps=None, seed=0)
+    assert [len(b) for b in batches] == [4] * 7 + [2] and len(batches) == number_of_steps(10, 4, 3)
+    order = [s.id for batch in batches for s in batch]
+    assert all(len(set(order[i : i + 10])) == 10 for i in (0, 10, 20))
+    assert len(make_batches(sequences, 4, 3, 5, 0)) == 5
+    assert sum(len(b) for b in make_batches(sequences, 4, 0.5, None, 0)) == 5
+
+
+def test_microbatches_hold_the_batch(data_dir, tokenizer):
+    sequences = encode(load_examples(data_dir)[0][:10], tokenizer, 512)
+    microbatches = make_microbatches(sequences, 3, tokenizer.pad_token_id)
+    assert [len(m.input_ids) for m in microbatches] == [3, 3, 3, 1]
+    assert sum(int(m.response_mask.sum()) for m in microbatches) == sum(s.response_length for s in sequences)
+
+
+def test_the_end_of_sequence_is_learned_once(data_dir, tokenizer):
+    example = load_examples(data_dir)[0][0]
+    eos = tokenizer.eos_token_id
+    (plain,) = encode([example], tokenizer, 512)
+    (marked,) = encode(
+        [type(example)(**{**vars(example), "response": example.response + tokenizer.eos_token})], tokenizer, 512
+    )
+    assert plain.token_ids == marked.token_ids and plain.token_ids.count(eos) == 1 and plain.token_ids[-1] == eos
+    mask = collate([plain], eos).response_mask[0]
+    assert mask[-1] and int(mask.sum()) == plain.response_length
+
+
+def test_too_long_examples_are_an_error_not_cut(data_dir, tokenizer):
+    with pytest.raises(UserError, match=r"max_length=50: 10 of 10 examples are longer \(first: sft/1"):
+        encode(load_examples(data_dir)[0][:10], tokenizer, 50)
+
+
+def test_evaluation_steps():
+    assert evaluation_steps(10, 4) == {4, 8, 10}
+    assert evaluation_steps(10, None) == {2, 4, 6, 8, 10}
+    assert evaluation_steps(1, None) == {1}
+
+
+def test_weights_are_named_once_without_compile_prefix(model):
+    plain = dict(named_weights(model))
+    assert "lm_head.weight" not in plain  # tied: sending it twice breaks the engine's reload
+    assert sum(p.numel() for p in plain.values()) == model.num_parameters()
+    assert list(dict(named_weights(torch.compile(model)))) == list(plain)

@@ -1,0 +1,26 @@
+"""What a run wrote is read back whole."""
+
+import json
+
+import pytest
+
+from lib.config import UserError
+from lib.tracking import read_lines
+
+
+def test_a_models_text_does_not_end_a_line(tmp_path):
+    """Guards against `splitlines`, which also cuts at characters that a model may write inside a response."""
+    rows = [{"response": "one\u2028two\x85three\x0cfour"}, {"response": "five"}]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert read_lines(path) == rows
+
+
+def test_an_unfinished_last_line_is_left_out_and_a_broken_one_is_said(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n{"a": ')
+    assert read_lines(path) == [{"a": 1}]
+    path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):
+        read_lines(path)
+    assert read_lines(tmp_path / "none.jsonl") == []
