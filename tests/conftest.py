@@ -5,12 +5,18 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 MINI = Path(__file__).parents[1] / "lib" / "mini"
 
 # An engine in this process, on the CPU, even where the machine has a GPU; the `gpu` tests start processes of their own.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+# The same cases in every run of the tests, so that a red test is the change's doing;
+# `pytest --hypothesis-profile default --hypothesis-seed random` searches anew.
+settings.register_profile("reproducible", derandomize=True)
+settings.load_profile("reproducible")
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

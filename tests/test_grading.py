@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grading_faults
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lib import grading
@@ -389,6 +389,7 @@ GOLDS = st.one_of(
 @settings(max_examples=100, deadline=None)
 @given(GOLDS, GOLDS, st.sampled_from(["{} or {}", "{}, {}", "{} {}", "{}; {}", "x={} or x={}", "{{{},{}}}", "{}={}"]))
 def test_listing_answers_wins_nothing(gold, other, listing):
+    assume(listing != "{}={}" or gold != "x")  # "x=5" is one answer with its name before it, as the course has it
     answer = listing.format(gold, other)
     assert compare(gold, answer) is not True
     assert compare(other, answer) is not True
