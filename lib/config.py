@@ -54,9 +54,13 @@ class RunConfig:
     train_device: str
     eval_device: str
     gpu_memory_utilization: float
+    engine_timeout: float
     runs_dir: str
     run_name: str
     overwrite: bool
+    resume: bool
+    checkpoint_interval: int | None
+    keep_checkpoint: bool
     keep_model: bool
     wandb_mode: str
     wandb_project: str
@@ -71,6 +75,12 @@ class RunConfig:
 
 
 PARAMETERS = tuple(field.name for field in fields(RunConfig))
+# Where and how a run is made, not what it is: its numbers do not depend on these.
+INCIDENTAL = {
+    *("runs_dir", "run_name", "overwrite", "resume", "checkpoint_interval", "keep_checkpoint", "keep_model"),
+    *("microbatch_size", "trust_remote_code", "log_generations", "verify_sync", "wandb_mode", "wandb_project"),
+    *("train_device", "eval_device", "gpu_memory_utilization", "engine_timeout"),
+}
 
 # The one place where a profile matters: what `None` in the parameters cell stands for.
 PROFILES = {
@@ -131,7 +141,7 @@ def resolve(namespace: Mapping) -> RunConfig:
     config = RunConfig(**values)
     _check_data_dir(config)
     _check_model(config)
-    _check_run_dir(config)
+    check_run_dir(config)
     return config
 
 
@@ -175,13 +185,14 @@ def _check_values(values: dict) -> None:
     n = values["n"]
     if n != "all" and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise UserError(f"n={n!r}: must be a positive integer or 'all'")
-    _check_type(values, bool, "filtered", "trust_remote_code", "overwrite", "keep_model")
+    _check_type(values, bool, "filtered", "trust_remote_code", "overwrite", "resume", "keep_checkpoint", "keep_model")
     _check_type(values, str, "model", "data_dir", "wandb_project")
     _check_range(values, int, 0, None, "seed", "log_generations")
     _check_range(values, int, 1, None, "batch_size", "microbatch_size", "max_length", "n_val", "max_new_tokens")
     _check_range(values, int, 1, None, "max_steps", "n_val_final", "eval_interval", optional=True)
+    _check_range(values, int, 0, None, "checkpoint_interval", optional=True)
     _check_range(values, float, 0, None, "temperature", "weight_decay")
-    _check_range(values, float, 0, None, "learning_rate", "epochs", "gradient_clip", above=True)
+    _check_range(values, float, 0, None, "learning_rate", "epochs", "gradient_clip", "engine_timeout", above=True)
     _check_range(values, float, 0, 1, "top_p", "gpu_memory_utilization", above=True)
     _check_range(values, float, 0, 1, "warmup_ratio")
     for name, choices in {
@@ -295,7 +306,8 @@ def _check_model(config: RunConfig) -> None:
         raise UserError(f"model={shorten_path(config.model)!r}: can't be loaded: {reason}{hint}") from error
 
 
-def _check_run_dir(config: RunConfig) -> None:
+def check_run_dir(config: RunConfig) -> None:
+    """UserError where the run's folder holds a finished run that is not to be overwritten."""
     if (config.run_dir / "summary.json").exists() and not config.overwrite:
         raise UserError(
             f"run_name={config.run_name!r}: {shorten_path(str(config.run_dir))} holds a finished run; "

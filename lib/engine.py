@@ -6,13 +6,22 @@ Three ways for the weights, none over the disk:
     CPU        the engine lives in this process and reloads the tensors
 """
 
+import contextlib
+import io
 import os
 import socket
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as StillWaiting
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
+from tqdm import tqdm
 
 from lib.logs import captured
 from lib.policy import autocast, named_weights
@@ -22,6 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Mean absolute difference of log-probabilities (nats) that counts as the same weights: four times what the engine's
 # first proof showed, within these bounds. Rounding alone makes 0.001 to 0.05 in bf16, by model, and 0.00001 in fp32.
 SYNC_TOLERANCE = {"bf16": (0.03, 0.1), "fp32": (0.001, 0.001)}
+SECONDS_TO_REPORT = 10.0  # that an engine whose process ended, or that is shut down, has to say so itself
 
 
 class EngineError(RuntimeError):
@@ -39,6 +49,10 @@ class Engine:
     log_file: Path
     seed: int
     start_seconds: float
+    timeout: float = 600.0  # seconds without a sign of life after which it counts as hung
+    processes: list[psutil.Process] = field(default_factory=list)  # those of the engine, where it has its own
+    heard: float = 0.0  # time.monotonic() of its last sign of life
+    call: threading.Thread | None = None  # the latest call into vLLM
     source: object = None  # on GPUs: what vLLM's weight transfer sends
     transfer: object = None
     synced: int = 0  # how many times weights were received
@@ -56,7 +70,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """One response: its text (with the stop string), its token ids, and why it ended ('stop' or 'length')."""
+    """One response: its text (with the stop string), its token ids, and why it ended: 'stop', 'length', or 'failed'."""
 
     text: str
     token_ids: list[int]
@@ -74,16 +88,19 @@ def init_vllm(
     seed: int = 0,
     max_model_len: int,
     gpu_memory_utilization: float = 0.85,
+    timeout: float = 600.0,
     enable_prefix_caching: bool = True,
     trust_remote_code: bool = False,
 ) -> Engine:
     """Start an engine for `model` on `device`, ready to receive the weights of a policy on `train_device`.
 
     `max_model_len` counts prompt and response tokens. On a GPU that it shares with the policy, the engine takes
-    `gpu_memory_utilization` of the memory. What vLLM prints goes to `log_file`.
-    Raises `EngineError` with the end of that file in mind if the engine does not start.
+    `gpu_memory_utilization` of the memory. What vLLM prints goes to `log_file`. Later calls raise `EngineError` where
+    the engine gives no sign of life for `timeout` seconds (a sync done, a response finished).
+    Raises `EngineError` if the engine does not start.
     """
     started = time.perf_counter()
+    before = set(psutil.Process().children(recursive=True))
     settings = {
         "model": model,
         "dtype": DTYPES[precision],
@@ -91,6 +108,7 @@ def init_vllm(
         "max_model_len": max_model_len,
         "enable_prefix_caching": enable_prefix_caching,
         "trust_remote_code": trust_remote_code,
+        "load_format": "safetensors",  # nothing pickled, which could run code
         "disable_log_stats": True,
     }
     # The engine serves nobody but this process: its sockets stay on the loopback interface.
@@ -106,12 +124,15 @@ def init_vllm(
 
             llm = LLM(**settings)
     except Exception as error:
-        raise EngineError(f"vLLM did not start on {device}: {error} (its log: {log_file.name})") from error
+        hint = "" if device == "cpu" else f"; if memory is short, lower gpu_memory_utilization={gpu_memory_utilization}"
+        raise EngineError(f"vLLM did not start on {device}: {error} (its log: {log_file.name}{hint})") from error
     finally:
         # On the CPU vLLM pins this process and forbids changing its threads, which would slow training to a crawl.
         os.sched_setaffinity(0, affinity)
         torch.set_num_threads = set_num_threads
-    return Engine(llm, device, train_device, precision, log_file, seed, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    processes = [] if device == "cpu" else _started_since(before)
+    return Engine(llm, device, train_device, precision, log_file, seed, seconds, timeout, processes)
 
 
 def _prepare_cpu() -> dict:
@@ -138,6 +159,66 @@ def _prepare_gpu(device: str, train_device: str, gpu_memory_utilization: float) 
     }
 
 
+def _started_since(before: set[psutil.Process]) -> list[psutil.Process]:
+    """Descendants of this process that are new; Python's own resource tracker, which serves all, is not the engine."""
+    new = set(psutil.Process().children(recursive=True)) - before
+    return [process for process in new if _is_alive(process) and "resource_tracker" not in " ".join(process.cmdline())]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _watched(engine: Engine, call: Callable):
+    """The result of a call into vLLM, or `EngineError` once the engine's process is gone or it is silent for too long.
+
+    The call has a thread of its own, because one that hangs would take the whole notebook along.
+    """
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    engine.heard = time.monotonic()
+    engine.call = threading.Thread(target=work, daemon=True)
+    engine.call.start()
+    while True:
+        try:
+            return future.result(timeout=1.0)
+        except StillWaiting:
+            if future.done():  # the call itself timed out
+                raise
+        dead = [process.pid for process in engine.processes if not _is_alive(process)]
+        silent = time.monotonic() - engine.heard
+        if dead and silent > SECONDS_TO_REPORT:
+            raise EngineError(f"the engine's process {dead[0]} ended (its log: {engine.log_file.name})")
+        if silent > engine.timeout:
+            raise EngineError(
+                f"the engine gave no sign of life for {silent:.0f} s and counts as hung "
+                f"(engine_timeout={engine.timeout:g}; raise it where the machine is only slow)"
+            )
+
+
+class _SignsOfLife(tqdm):
+    """vLLM's progress bar, drawn nowhere: notes when the engine finished a response."""
+
+    def __init__(self, *arguments, engine: Engine, **settings):
+        super().__init__(*arguments, **settings, file=io.StringIO())
+        self.engine = engine
+
+    def update(self, n: float = 1) -> bool | None:
+        if self.engine.llm is None:
+            raise EngineError("the engine was shut down")
+        self.engine.heard = time.monotonic()
+        return super().update(n)
+
+
 def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> float:
     """Copy the policy's weights into the engine, drop what it cached of the old ones, and return the seconds it took.
 
@@ -146,16 +227,18 @@ def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> f
     """
     started = time.perf_counter()
     with captured(engine.log_file):
-        if engine.device == "cpu":
-            weights = named_weights(policy, DTYPES[engine.precision])
-            engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            engine.llm.apply_model(_repack_tied_head)
-        else:
-            _send_to_gpu(policy, engine)
+        _watched(engine, partial(_send_on_cpu if engine.device == "cpu" else _send_to_gpu, policy, engine))
         if not engine.llm.reset_prefix_cache():
             raise EngineError("vLLM did not reset its prefix cache: requests were still running")
     engine.synced += 1
     return time.perf_counter() - started
+
+
+def _send_on_cpu(policy: torch.nn.Module, engine: Engine) -> None:
+    """Have the engine in this process load the policy's weights."""
+    weights = named_weights(policy, DTYPES[engine.precision])
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    engine.llm.apply_model(_repack_tied_head)
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
@@ -260,7 +343,9 @@ def generate(
     if engine.device == "cpu":
         torch.manual_seed(seed)  # the engine in this process samples from torch's own generator
     with captured(engine.log_file):
-        outputs = engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        bar = partial(_SignsOfLife, engine=engine)
+        outputs = _watched(engine, partial(engine.llm.generate, requests, parameters, use_tqdm=bar))
     generations = []
     for output in outputs:
         response = output.outputs[0]
@@ -268,7 +353,7 @@ def generate(
         values = None
         if log_probs:
             values = [step[token].logprob for step, token in zip(response.logprobs, token_ids, strict=True)]
-        reason = "length" if response.finish_reason == "length" else "stop"
+        reason = response.finish_reason if response.finish_reason in ("stop", "length") else "failed"
         generations.append(Generation(response.text, token_ids, reason, values))
     return generations
 
@@ -310,10 +395,18 @@ def prove_sync(policy: torch.nn.Module, engine: Engine, prompts: list[list[int]]
 
 
 def shutdown(engine: Engine) -> None:
-    """End the engine and free its memory, its processes and its ports; safe to call twice."""
+    """End the engine and free its memory, its processes and its ports; safe to call twice.
+
+    A hung one is ended by force. On the CPU that can't be: its thread ends with this process, the notebook's kernel.
+    """
     llm, engine.llm = engine.llm, None
     if llm is None:
         return
+    if engine.call is not None and engine.call.is_alive():
+        _kill(engine.processes)
+        engine.call.join(SECONDS_TO_REPORT)  # on the CPU it ends with the response at hand
+        if engine.call.is_alive():
+            return
     with captured(engine.log_file):
         if engine.transfer is not None:
             engine.transfer.shutdown()
@@ -325,4 +418,12 @@ def shutdown(engine: Engine) -> None:
 
             cleanup_dist_env_and_memory()
         else:
+            _kill(engine.processes)
             torch.cuda.empty_cache()
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=SECONDS_TO_REPORT)

@@ -14,6 +14,7 @@ from lib.grading import grade_many
 from lib.policy import autocast, response_log_probs
 
 VERDICTS = ("correct", "wrong", "no_answer", "truncated")
+FAILED = "failed"  # no verdict: the engine gave this response up
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def evaluate(
     """Generate one response to each prompt with the weights that the engine holds, and grade it.
 
     A record has `id`, `subject`, `level`, `response`, `finish_reason`, `tokens`, `format` and `correct` (the course's
-    format and answer reward), `verdict` (one of `VERDICTS`) and `token_entropy` (None until `log_generations`).
+    format and answer reward), `verdict` (one of `VERDICTS`, or `FAILED`) and `token_entropy` (None until
+    `log_generations`).
     """
     started = time.perf_counter()
     generations = generate(engine, prompts, sampling, seed=seed)
@@ -63,6 +65,8 @@ def evaluate(
 
 def verdict(reward: dict, generation: Generation) -> str:
     """Keep apart what an accuracy mixes: a wrong answer, an ended response without one, and a response cut off."""
+    if generation.finish_reason == FAILED:
+        return FAILED
     if reward["reward"] == 1:
         return "correct"
     if reward["format_reward"] == 1:
@@ -71,9 +75,14 @@ def verdict(reward: dict, generation: Generation) -> str:
 
 
 def summarize(records: list[dict]) -> dict:
-    """Counts, rates and mean lengths (tokens) of an evaluation; the interval is Wilson's at 95 %."""
+    """Counts, rates and mean lengths (tokens) of an evaluation; the interval is Wilson's at 95 %.
+
+    An evaluation with failed responses has counts only: a rate over the others would be that of another set.
+    """
     n = len(records)
-    counts = {name: sum(r["verdict"] == name for r in records) for name in VERDICTS}
+    counts = {name: sum(r["verdict"] == name for r in records) for name in (*VERDICTS, FAILED)}
+    if counts[FAILED]:
+        return {"n": n, **counts}
     interval = binomtest(counts["correct"], n).proportion_ci(confidence_level=0.95, method="wilson")
     entropies = [r["token_entropy"] for r in records if r["token_entropy"] is not None]
     return {

@@ -53,31 +53,32 @@ def _profile_note(config) -> str:
 class LiveView:
     """A progress line and two curves (loss, accuracy) that are redrawn in place: one output each in the notebook."""
 
-    def __init__(self, run: Run, base: dict):
+    def __init__(self, run: Run):
+        self.tracker = run.tracker
         self.total = len(run.batches)
+        self.done_before = len(run.tracker.metrics)  # by a stopped run that this one goes on with
         self.started = time.perf_counter()
         self.drawn = 0.0
-        self.metrics: list[dict] = []
-        self.evaluations = [base]
         self.progress = display(HTML(""), display_id=True)
         self.figure, self.axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
         self.picture = display(self.figure, display_id=True)
         plt.close(self.figure)  # otherwise the inline backend would show it a second time
         self.redraw()
 
-    def add_step(self, metrics: dict) -> None:
-        """Take an optimizer step's metrics; redraw where the last drawing is some seconds old."""
-        self.metrics.append(metrics)
-        if metrics["train_step"] == self.total or time.perf_counter() - self.drawn > SECONDS_BETWEEN_DRAWINGS:
+    def update(self) -> None:
+        """Redraw after a step where the last drawing is some seconds old."""
+        if len(self.tracker.metrics) == self.total or time.perf_counter() - self.drawn > SECONDS_BETWEEN_DRAWINGS:
             self.redraw()
 
-    def add_evaluation(self, lines: list[dict]) -> None:
-        """Take the lines of one evaluation; the curve follows the subset at the course's temperature."""
-        self.evaluations += [line for line in lines if (line["split"], line["decoding"]) == ("subset", "sampled")]
-        self.redraw()
-
     def redraw(self) -> None:
+        """Draw what the run has logged; the curve follows the subset at the course's temperature."""
         self.drawn = time.perf_counter()
+        metrics = self.tracker.metrics
+        evaluations = [
+            line
+            for line in self.tracker.evaluations
+            if (line["split"], line["decoding"]) == ("subset", "sampled") and not line.get("failed")
+        ]
         self.progress.update(HTML(self._progress_line()))
         loss_axis, accuracy_axis = self.axes
         for axis in self.axes:
@@ -85,24 +86,25 @@ class LiveView:
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_xlabel("optimizer step")
             axis.set_xlim(0, self.total)
-        loss_axis.plot([m["train_step"] for m in self.metrics], [m["loss"] for m in self.metrics], color="#0072B2")
+        loss_axis.plot([m["train_step"] for m in metrics], [m["loss"] for m in metrics], color="#0072B2")
         loss_axis.set_ylabel("loss (nats a response token)")
-        steps = [e["train_step"] for e in self.evaluations]
-        accuracy = [100 * e["accuracy"] for e in self.evaluations]
-        low = [100 * (e["accuracy"] - e["accuracy_low"]) for e in self.evaluations]
-        high = [100 * (e["accuracy_high"] - e["accuracy"]) for e in self.evaluations]
+        steps = [e["train_step"] for e in evaluations]
+        accuracy = [100 * e["accuracy"] for e in evaluations]
+        low = [100 * (e["accuracy"] - e["accuracy_low"]) for e in evaluations]
+        high = [100 * (e["accuracy_high"] - e["accuracy"]) for e in evaluations]
         accuracy_axis.errorbar(steps, accuracy, (low, high), marker="o", capsize=2, color="#0072B2", label="accuracy")
-        formats = [100 * e["format_rate"] for e in self.evaluations]
+        formats = [100 * e["format_rate"] for e in evaluations]
         accuracy_axis.plot(steps, formats, marker=".", linestyle=":", color="#777777", label="correct form")
-        accuracy_axis.set_ylabel(f"of {self.evaluations[0]['n']} problems (%)")
+        accuracy_axis.set_ylabel(f"of {evaluations[0]['n']} problems (%)")
         accuracy_axis.set_ylim(0, 100)
         accuracy_axis.legend(frameon=False, loc="best")
         self.picture.update(self.figure)
 
     def _progress_line(self) -> str:
-        done = len(self.metrics)
+        done = len(self.tracker.metrics)
+        now = done - self.done_before
         elapsed = time.perf_counter() - self.started
-        left = f", about {elapsed / done * (self.total - done):.0f} s left" if 0 < done < self.total else ""
+        left = f", about {elapsed / now * (self.total - done):.0f} s left" if now and done < self.total else ""
         return (
             f"<progress value='{done}' max='{self.total}' style='width:60%'></progress> "
             f"step {done} of {self.total}, {elapsed:.0f} s{left}"
@@ -116,16 +118,24 @@ def evaluation_table(lines: list[dict]) -> pd.DataFrame:
             "step": line["train_step"],
             "problems": line["n"],
             "decoding": "greedy" if line["decoding"] == "greedy" else f"T = {line['temperature']:g}",
-            "accuracy": f"{line['accuracy']:.1%}",
-            "95 % interval": f"{line['accuracy_low']:.1%} to {line['accuracy_high']:.1%}",
-            "correct form": f"{line['format_rate']:.1%}",
+            **_rates(line),
             "wrong": line["wrong"],
             "no answer": line["no_answer"],
             "truncated": line["truncated"],
-            "tokens": f"{line['mean_tokens']:.0f}",
+            "tokens": "–" if line.get("failed") else f"{line['mean_tokens']:.0f}",
         }
         for line in lines
     ).set_index("step")
+
+
+def _rates(line: dict) -> dict:
+    if line.get("failed"):
+        return {"accuracy": f"{line['failed']} failed", "95 % interval": "does not count", "correct form": "–"}
+    return {
+        "accuracy": f"{line['accuracy']:.1%}",
+        "95 % interval": f"{line['accuracy_low']:.1%} to {line['accuracy_high']:.1%}",
+        "correct form": f"{line['format_rate']:.1%}",
+    }
 
 
 def subject_level_table(line: dict) -> pd.DataFrame:

@@ -1,20 +1,31 @@
 """One run, put together: what `notebooks/train.ipynb` calls, in the order in which it calls it."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 
+from lib import checkpoint, locks
 from lib import engine as engines
 from lib import evaluate as evaluation
 from lib.batching import Sequence, encode, make_batches
-from lib.config import RunConfig, UserError, describe_environment, shorten_path, write_json
+from lib.config import (
+    INCIDENTAL,
+    RunConfig,
+    UserError,
+    check_run_dir,
+    describe_environment,
+    shorten_path,
+    write_json,
+)
 from lib.data import (
     Problem,
     Template,
@@ -26,8 +37,8 @@ from lib.data import (
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.policy import load_policy, load_tokenizer
-from lib.tracking import Tracker, read_lines
-from lib.train import evaluation_steps
+from lib.tracking import Past, Tracker, read_lines
+from lib.train import evaluation_steps, make_optimizer, train_steps
 
 BASE = {"train_step": 0, "epoch": 0.0, "examples_seen": 0}  # the position of the untrained model
 PROOF_PROMPTS = 8
@@ -50,6 +61,8 @@ class Run:
     log_file: Path
     tracker: Tracker | None = None
     policy: torch.nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     engine: engines.Engine | None = None
     seconds: dict = field(default_factory=dict)
 
@@ -59,18 +72,48 @@ class Run:
 
     @contextlib.contextmanager
     def recorded(self, part: str):
-        """Count the seconds of a part of the run; an error in it shuts the engine down and leaves `failed.json`."""
+        """Count the seconds of a part of the run; an error in it ends what the run started and leaves `failed.json`."""
         started = time.perf_counter()
         try:
             yield
         except BaseException as error:
-            if self.engine is not None:
-                engines.shutdown(self.engine)
-            if self.tracker is not None:
-                self.tracker.fail(error)
+            explained = _explain(error, self.config)
+            _end(self, explained or error)
+            if explained is not None:
+                raise explained from error
             raise
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+
+class RunError(RuntimeError):
+    """The run can't go on; the message says why and what to do. What it measured is in its folder."""
+
+
+def _explain(error: BaseException, config: RunConfig) -> RunError | None:
+    """A sentence for the errors of a machine at its limits, which say nothing about this run by themselves."""
+    folder = shorten_path(str(config.run_dir))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(
+            f"the disk is full ({error.strerror}: {shorten_path(str(error.filename or folder))}). What was measured is "
+            f"in {folder}; free some space and run the same again: it goes on from its last checkpoint."
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return RunError(
+            f"{config.train_device} is out of memory; lower microbatch_size={config.microbatch_size} (the results stay "
+            f"the same), or gpu_memory_utilization={config.gpu_memory_utilization} where the engine shares this GPU"
+        )
+    return None
+
+
+def _end(run: Run, error: BaseException) -> None:
+    """Shut down what the run started, note the error in its folder, and give the folder back."""
+    if run.engine is not None:
+        engines.shutdown(run.engine)
+    stop_workers()
+    if run.tracker is not None:
+        run.tracker.fail(error)
+    locks.release(run.config.run_dir)
 
 
 def prepare(config: RunConfig) -> Run:
@@ -134,16 +177,113 @@ def longest_evaluation(run: Run) -> int:
     return max(map(len, run.prompts)) + run.config.max_new_tokens
 
 
-def start(run: Run) -> None:
-    """Open the run's folder, load the policy, and start the engine."""
+def start(run: Run) -> str:
+    """Open the run's folder, load the policy, and start the engine; returns a sentence on how the run begins.
+
+    A stopped run of the same name and settings is taken up where its last checkpoint left it (`resume`).
+    """
     config = run.config
+    locks.hold(config.run_dir, f"run_name={config.run_name!r}:")
+    check_run_dir(config)  # again: another process may have finished the run meanwhile
+    found = checkpoint.latest(config.run_dir) if config.resume else None
+    past = None if found is None else _read_past(run, found)
     quiet_libraries(run.log_file)
-    run.tracker = Tracker(config, describe_environment(config), run.sizes)
+    run.tracker = Tracker(config, describe_environment(config), run.sizes, past)
     torch.manual_seed(config.seed)
-    with run.recorded("setup"), captured(run.log_file):
-        run.policy = load_policy(config.model, config.train_device, config.trust_remote_code)
+    with run.recorded("setup"):
+        with captured(run.log_file):
+            run.policy = load_policy(config.model, config.train_device, config.trust_remote_code)
+        run.optimizer, run.scheduler = make_optimizer(run.policy, config, len(run.batches))
+        checkpoint.remove_partial(config.run_dir)
+        if found is not None:
+            checkpoint.restore(found, run.policy, run.optimizer, run.scheduler, config.train_device)
+        elif config.checkpoint_interval != 0:
+            checkpoint.check_space(config.run_dir, run.policy)
     with run.recorded("engine_start"):
         run.engine = start_engine(run, run.log_file)
+    if found is None:
+        return "A new run."
+    return f"Resumed after step {len(past.metrics)} of {len(run.batches)}, where a stopped run had its last checkpoint."
+
+
+def _read_past(run: Run, found: Path) -> Past:
+    """What the stopped run of this folder measured up to the checkpoint `found`.
+
+    An evaluation counts only if it is complete. UserError where the stopped run had other settings or other data.
+    """
+    config, folder = run.config, shorten_path(str(run.config.run_dir))
+    written = json.loads((config.run_dir / "config.json").read_text(encoding="utf-8"))
+    own = config.to_dict()
+    changed = [
+        f"{name} is {value!r} there, {own[name]!r} is asked for"
+        for name, value in written["parameters"].items()
+        if name in own and name not in INCIDENTAL and own[name] != value
+    ]
+    state = checkpoint.read_state(found)
+    if state["data"] != _data_hash(run):
+        changed.append("its training data are not the same any more")
+    if changed:
+        raise UserError(
+            f"resume: the stopped run in {folder} can't be continued: {'; '.join(changed)}. Ask for the same, choose "
+            "another run_name, or start again with resume=False"
+        )
+    run.seconds.update(state["seconds"])
+    step = state["train_step"]
+    metrics = [row for row in read_lines(config.run_dir / "metrics.jsonl") if row["train_step"] <= step]
+    by_step: dict[int, list[dict]] = {}
+    for row in read_lines(config.run_dir / "evaluations.jsonl"):
+        by_step.setdefault(row["train_step"], []).append(row)
+    evaluations = []
+    for at, rows in by_step.items():
+        final = at in (0, len(run.batches))
+        whole = {(row["split"], row["decoding"]) for row in rows} == set(_parts(run, final))
+        if at <= step and whole and not (final and any(row.get("failed") for row in rows)):
+            evaluations += rows
+    resumed = [*written.get("resumed", []), {"train_step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}]
+    return Past(metrics, evaluations, state["elapsed"], written["wandb_id"], resumed)
+
+
+def _data_hash(run: Run) -> str:
+    """SHA-256 of the tokens that the run trains on, in their order."""
+    digest = hashlib.sha256()
+    for sequence in {s.id: s for batch in run.batches for s in batch}.values():
+        digest.update(json.dumps([sequence.id, sequence.prompt_length, sequence.token_ids]).encode())
+    digest.update(json.dumps([[s.id for s in batch] for batch in run.batches]).encode())
+    return digest.hexdigest()
+
+
+def train(run: Run) -> Iterator[dict]:
+    """Train step by step: yields the metrics of each step, logged, and with a checkpoint where one is due.
+
+    A resumed run first yields its last step again, because its evaluation may not have been made.
+    """
+    config, tracker, done = run.config, run.tracker, len(run.tracker.metrics)
+    if done:
+        yield tracker.metrics[-1]
+    data = _data_hash(run)
+    cost, last = 0.0, time.perf_counter()
+    pad, n = run.tokenizer.pad_token_id, run.sizes["selected"]
+    for metrics in train_steps(run.policy, run.optimizer, run.scheduler, run.batches, config, pad, n, done):
+        tracker.log_train(metrics)
+        step = metrics["train_step"]
+        if config.checkpoint_interval is None:
+            affordable = cost <= checkpoint.SHARE_OF_TIME * (time.perf_counter() - last)
+            due = step in run.evaluation_steps and affordable
+        else:
+            due = config.checkpoint_interval > 0 and step % config.checkpoint_interval == 0
+        if due:
+            with run.recorded("checkpoints"):
+                elapsed = time.time() - tracker.started
+                state = {"train_step": step, "seconds": run.seconds, "elapsed": elapsed, "data": data}
+                models = run.policy, run.optimizer, run.scheduler
+                cost = checkpoint.save(config.run_dir, step, *models, config.train_device, state)
+            last = time.perf_counter()
+        yield metrics
+
+
+def evaluation_due(run: Run, step: int) -> bool:
+    """Whether the policy is to be evaluated after this step, and was not by a run that this one resumes."""
+    return step in run.evaluation_steps and not any(e["train_step"] == step for e in run.tracker.evaluations)
 
 
 def start_engine(run: Run, log_file: Path) -> engines.Engine:
@@ -158,6 +298,7 @@ def start_engine(run: Run, log_file: Path) -> engines.Engine:
         seed=config.seed,
         max_model_len=longest_evaluation(run),
         gpu_memory_utilization=config.gpu_memory_utilization,
+        timeout=config.engine_timeout,
         trust_remote_code=config.trust_remote_code,
     )
 
@@ -177,11 +318,8 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
             proof = engines.prove_sync(run.policy, run.engine, run.prompts[:: len(run.prompts) // PROOF_PROMPTS or 1])
     final = position["train_step"] in (0, len(run.batches))
     positions = [i for i, p in enumerate(run.problems) if final or p.id in run.subset_ids]
-    decodings = ["sampled"]
-    if config.greedy == "always" or (config.greedy == "final" and final):
-        decodings.append("greedy")
-    lines = []
-    for decoding in decodings:
+    parts = []
+    for decoding in dict.fromkeys(decoding for _, decoding in _parts(run, final)):
         with run.recorded("evaluate"):
             result = _evaluate_at(run, positions, decoding, config.seed + position["train_step"])
         settings = {
@@ -194,12 +332,24 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
             "sync_proof": proof,
         }
         if final:
-            lines.append((settings | {"split": "full"}, result.records))
+            parts.append((settings | {"split": "full"}, result.records))
         subset = [r for r in result.records if r["id"] in run.subset_ids]
-        lines.append((settings | {"split": "subset"}, subset))
-    return [
-        run.tracker.log_evaluation(settings | evaluation.summarize(records), records) for settings, records in lines
-    ]
+        parts.append((settings | {"split": "subset"}, subset))
+    with run.recorded("evaluate"):
+        lines = run.tracker.log_evaluation([(s | evaluation.summarize(records), records) for s, records in parts])
+        if final and (failed := max(line["failed"] for line in lines)):
+            raise RunError(
+                f"{failed} of {lines[0]['n']} responses of the evaluation at step {position['train_step']} failed in "
+                "the engine; it does not count. Run the same again: it is repeated from the last checkpoint"
+            )
+    return lines
+
+
+def _parts(run: Run, final: bool) -> list[tuple[str, str]]:
+    """(split, decoding) of the lines that an evaluation writes; `final`: at the start and at the end."""
+    greedy = run.config.greedy == "always" or (run.config.greedy == "final" and final)
+    splits = ("full", "subset") if final else ("subset",)
+    return [(split, decoding) for decoding in ("sampled", *["greedy"] * greedy) for split in splits]
 
 
 def _evaluate_at(run: Run, positions: list[int], decoding: str, seed: int) -> evaluation.Evaluation:
@@ -220,15 +370,18 @@ def evaluate_base(run: Run) -> tuple[list[dict], str]:
     An untrained base runs most responses to their limit, so this can take longer than the training. Returns the lines
     of `evaluations.jsonl` and a sentence that says which of the two happened.
     """
+    if measured := [line for line in run.tracker.evaluations if line["train_step"] == 0]:
+        return measured, "Taken from the stopped run that this one goes on with."
     settings = _base_settings(run)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(run.config.runs_dir) / f"base-{key}"
     stored = folder / "evaluations.jsonl"
     if stored.exists() and (folder / "settings.json").exists():
-        lines = []
+        parts = []
         for line in read_lines(stored):
             elsewhere = {"reused_from": folder.name, "records": f"../{folder.name}/{line['records']}"}
-            lines.append(run.tracker.log_evaluation(line | elsewhere, None))
+            parts.append((line | elsewhere, None))
+        lines = run.tracker.log_evaluation(parts)
         return lines, f"Reused from {shorten_path(str(folder))}, measured by run {read_measured_by(folder)}."
     with run.recorded("base_evaluation"):
         lines = evaluate_policy(run, BASE)
@@ -273,8 +426,18 @@ def _fingerprint(model: str) -> list | None:
     return marks or None
 
 
-def finish(run: Run, metrics: list[dict], final: dict) -> dict:
-    """Shut the engine down, keep the model if asked, and write `summary.json`, which marks the run as finished."""
+def final_evaluation(run: Run) -> dict:
+    """The line that counts: all problems, sampled, after the last step."""
+    lines = [line for line in run.tracker.evaluations if line["train_step"] == len(run.batches)]
+    return next(line for line in lines if (line["split"], line["decoding"]) == ("full", "sampled"))
+
+
+def finish(run: Run) -> dict:
+    """Shut the engine down, keep the model if asked, and write `summary.json`, which marks the run as finished.
+
+    Its checkpoints are deleted then, unless `keep_checkpoint`.
+    """
+    metrics, final = run.tracker.metrics, final_evaluation(run)
     with run.recorded("shutdown"):
         engines.shutdown(run.engine)
         stop_workers()
@@ -282,17 +445,22 @@ def finish(run: Run, metrics: list[dict], final: dict) -> dict:
             run.policy.save_pretrained(run.config.run_dir / "model")
             run.tokenizer.save_pretrained(run.config.run_dir / "model")
     tokens, train_seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)
-    return run.tracker.finish(
-        {
-            "seconds": run.seconds | {"train": train_seconds},
-            "train_tokens": tokens,
-            "train_tokens_per_second": tokens / train_seconds,
-            "peak_train_memory_bytes": _peak_memory(run.config.train_device),
-            "final_accuracy": final["accuracy"],
-            "final_accuracy_low": final["accuracy_low"],
-            "final_accuracy_high": final["accuracy_high"],
-        }
-    )
+    with run.recorded("finish"):
+        summary = run.tracker.finish(
+            {
+                "seconds": run.seconds | {"train": train_seconds},
+                "train_tokens": tokens,
+                "train_tokens_per_second": tokens / train_seconds,
+                "peak_train_memory_bytes": _peak_memory(run.config.train_device),
+                "final_accuracy": final["accuracy"],
+                "final_accuracy_low": final["accuracy_low"],
+                "final_accuracy_high": final["accuracy_high"],
+            }
+        )
+    if not run.config.keep_checkpoint:
+        checkpoint.delete_all(run.config.run_dir)
+    locks.release(run.config.run_dir)
+    return summary
 
 
 def _peak_memory(device: str) -> int:

@@ -6,10 +6,8 @@ Finished runs are kept, so a stopped study goes on where it stopped: call it aga
 
 import argparse
 import difflib
-import fcntl
 import hashlib
 import json
-import os
 import signal
 import sys
 import time
@@ -20,7 +18,8 @@ from pathlib import Path
 import nbformat
 import numpy as np
 
-from lib.config import PROFILES, PROJECT_ROOT, UserError, default_run_name, resolve, shorten_path
+from lib.config import INCIDENTAL, PROFILES, PROJECT_ROOT, UserError, default_run_name, resolve, shorten_path
+from lib.locks import hold, release
 from lib.notebooks import execute, notebook_parameters, read_value, sweep, to_html
 from lib.report import load
 
@@ -29,11 +28,6 @@ ANALYSIS_NOTEBOOK = PROJECT_ROOT / "notebooks/analysis.ipynb"
 SIZES = ("128", "256", "512", "1024", "all", "filtered")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OWN_ARGUMENTS = {"n": "--sizes", "filtered": "--sizes", "seed": "--seeds", "runs_dir": "--runs-dir"}
-# Where and how a run is made, not what it is: a finished run is kept whatever these were.
-NOT_COMPARED = {
-    *("runs_dir", "run_name", "overwrite", "keep_model", "trust_remote_code", "log_generations", "verify_sync"),
-    *("train_device", "eval_device", "gpu_memory_utilization", "wandb_mode", "wandb_project"),
-}
 
 
 class Stopped(BaseException):
@@ -144,7 +138,7 @@ def differences(run: Run, folder: Path, defaults: dict) -> list[str]:
     for name, value in asked.items():
         value = by_profile.get(name) if value is None else value
         open_to_all = value is None or (name, value) == ("profile", "auto")
-        if name in made and name not in NOT_COMPARED and not open_to_all and shown(value) != shown(made[name]):
+        if name in made and name not in INCIDENTAL and not open_to_all and shown(value) != shown(made[name]):
             found.append(f"{name} is {shown(made[name])} there, {shown(value)} is asked for")
     return found
 
@@ -289,17 +283,6 @@ def lost_notebook(path: Path) -> str:
     return f" (its notebook {path.name}.ipynb is missing: delete the folder {path.name} to make both again)"
 
 
-def lock(folder: Path) -> int:
-    """Hold the folder for this study as long as the process lives; UserError where another one holds it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"--runs-dir {shorten_path(str(folder))}: another study is at work in this folder") from None
-    return handle
-
-
 def check_settings(run: Run, defaults: dict) -> dict:
     """All settings of a run as the notebook will resolve them; UserError before anything is started."""
     return resolve({**defaults, **run.parameters, "overwrite": True}).to_dict()
@@ -311,8 +294,7 @@ def run_study(arguments: argparse.Namespace) -> Outcome:
     shared = {"profile": arguments.profile, **dict(arguments.p)}
     runs = plan(folder, arguments.sizes, arguments.seeds, shared, notebook)
     defaults = notebook_parameters(notebook)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = lock(folder)
+    hold(folder, "--runs-dir")
     try:
         if left := sweep(folder):
             print(f"Ended {left} processes that a killed study had left behind.")
@@ -323,7 +305,7 @@ def run_study(arguments: argparse.Namespace) -> Outcome:
         refuse_conflicts(runs, folder, defaults)
         return run_all(runs, folder, notebook)
     finally:
-        os.close(handle)
+        release(folder)
 
 
 def settled(runs: list[Run], values: dict, match: str) -> list[Run]:

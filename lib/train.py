@@ -36,51 +36,41 @@ def make_optimizer(policy: torch.nn.Module, config: RunConfig, total_steps: int)
 
 def train_steps(
     policy: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
     batches: list[list[Sequence]],
     config: RunConfig,
     pad_token_id: int,
     n_examples: int,
+    done: int = 0,
 ) -> Iterator[dict]:
     """Train on `batches` in order, yielding a dict of metrics after each optimizer step.
+
+    `done`: how many steps were taken before, with this state of policy, optimizer and scheduler (see lib.checkpoint).
 
     The loss of a step is the negative log-likelihood of all response tokens of its batch over their number, so it does
     not depend on how the batch is cut into microbatches. Raises `TrainingError` for a loss that is not finite, before
     the weights are touched, and for a GPU that is out of memory.
     """
-    device = config.train_device
-    optimizer, scheduler = make_optimizer(policy, config, len(batches))
     policy.train()
-    examples_seen = 0
-    for step, batch in enumerate(batches, start=1):
+    examples_seen = sum(map(len, batches[:done]))
+    for step, batch in enumerate(batches[done:], start=done + 1):
         started = time.perf_counter()
         response_tokens = sum(s.response_length for s in batch)
-        loss = torch.zeros((), device=device)
-        entropy = torch.zeros((), device=device)
         try:
-            for microbatch in make_microbatches(batch, config.microbatch_size, pad_token_id):
-                microbatch = microbatch.to(device)
-                with autocast(device, config.precision):
-                    log_probs, token_entropy = response_log_probs(
-                        policy, microbatch.input_ids, microbatch.labels, microbatch.response_mask
-                    )
-                microbatch_loss = -log_probs.sum() / response_tokens
-                microbatch_loss.backward()
-                loss += microbatch_loss.detach()
-                entropy += token_entropy.sum() / response_tokens
+            loss, gradient_norm, entropy = _backward(policy, batch, response_tokens, config, pad_token_id)
+            if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+                raise TrainingError(
+                    f"step {step}: loss {loss}, gradient norm {gradient_norm}; stopped before the update. "
+                    f"Batch: {', '.join(s.id for s in batch)}. A lower learning_rate={config.learning_rate:g} may help."
+                )
+            learning_rate = scheduler.get_last_lr()[0]
+            optimizer.step()
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"step {step}: {device} is out of memory; lower microbatch_size={config.microbatch_size} "
-                f"or max_length (the results stay the same with a smaller microbatch_size)"
+                f"step {step}: {config.train_device} is out of memory; lower microbatch_size={config.microbatch_size} "
+                "(the results stay the same), or gpu_memory_utilization where the engine shares this GPU"
             ) from error
-        gradient_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.gradient_clip)
-        loss_value, norm_value, entropy_value = torch.stack([loss, gradient_norm, entropy]).tolist()  # the one wait
-        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
-            raise TrainingError(
-                f"step {step}: loss {loss_value}, gradient norm {norm_value}; stopped before the update. "
-                f"Batch: {', '.join(s.id for s in batch)}. A lower learning_rate={config.learning_rate:g} may help."
-            )
-        learning_rate = scheduler.get_last_lr()[0]
-        optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -89,10 +79,10 @@ def train_steps(
         tokens = sum(len(s.token_ids) for s in batch)
         yield {
             "train_step": step,
-            "loss": loss_value,
-            "grad_norm": norm_value,
+            "loss": loss,
+            "grad_norm": gradient_norm,
             "learning_rate": learning_rate,
-            "token_entropy": entropy_value,
+            "token_entropy": entropy,
             "tokens": tokens,
             "response_tokens": response_tokens,
             "tokens_per_second": tokens / seconds,
@@ -100,6 +90,27 @@ def train_steps(
             "examples_seen": examples_seen,
             "seconds": seconds,
         }
+
+
+def _backward(
+    policy: torch.nn.Module, batch: list[Sequence], response_tokens: int, config: RunConfig, pad_token_id: int
+) -> list[float]:
+    """Gradients of one optimizer batch, clipped; returns loss, gradient norm (before clipping) and token entropy."""
+    device = config.train_device
+    loss = torch.zeros((), device=device)
+    entropy = torch.zeros((), device=device)
+    for microbatch in make_microbatches(batch, config.microbatch_size, pad_token_id):
+        microbatch = microbatch.to(device)
+        with autocast(device, config.precision):
+            log_probs, token_entropy = response_log_probs(
+                policy, microbatch.input_ids, microbatch.labels, microbatch.response_mask
+            )
+        microbatch_loss = -log_probs.sum() / response_tokens
+        microbatch_loss.backward()
+        loss += microbatch_loss.detach()
+        entropy += token_entropy.sum() / response_tokens
+    gradient_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.gradient_clip)
+    return torch.stack([loss, gradient_norm, entropy]).tolist()  # the one wait for the device
 
 
 def evaluation_steps(total_steps: int, eval_interval: int | None) -> set[int]:

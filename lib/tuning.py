@@ -18,7 +18,7 @@ from lib.logs import captured, quiet_libraries
 from lib.policy import load_policy
 from lib.run import PROOF_PROMPTS, prepare, start_engine
 from lib.tracking import read_lines
-from lib.train import train_steps
+from lib.train import make_optimizer, train_steps
 
 KEPT = ("n", "correct", "accuracy", "accuracy_low", "accuracy_high", "format_rate")
 
@@ -57,7 +57,9 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
 
 def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> dict:
     config, started = run.config, time.perf_counter()
-    metrics = list(train_steps(policy, run.batches, config, run.tokenizer.pad_token_id, run.sizes["selected"]))
+    optimizer, scheduler = make_optimizer(policy, config, len(run.batches))
+    pad, n = run.tokenizer.pad_token_id, run.sizes["selected"]
+    metrics = list(train_steps(policy, optimizer, scheduler, run.batches, config, pad, n))
     engines.load_policy_into_vllm_instance(policy, engine)
     engines.prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
     chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]

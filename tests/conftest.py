@@ -75,3 +75,20 @@ def parameters(data_dir, tiny_model, tmp_path) -> dict:
     values = notebook_parameters(Path(__file__).parents[1] / "notebooks/train.ipynb")
     toy = {"n": 16, "profile": "mini", "data_dir": str(data_dir), "model": str(tiny_model), "n_val": 8}
     return values | toy | {"runs_dir": str(tmp_path / "runs"), "max_new_tokens": 8, "wandb_mode": "disabled"}
+
+
+FAULTS: list[tuple[str, str, str, str]] = []
+
+
+@pytest.fixture
+def report():
+    """Takes a row of the table that `make faults` ends with: fault, what the user saw, lost, how it went on."""
+    return lambda *row: FAULTS.append(row)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FAULTS:
+        terminalreporter.section("faults")
+        terminalreporter.write_line("| fault | what the user saw | lost | how it went on |\n|---|---|---|---|")
+        for row in FAULTS:
+            terminalreporter.write_line("| " + " | ".join(cell.strip().replace("|", "/") for cell in row) + " |")

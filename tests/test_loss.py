@@ -12,7 +12,7 @@ from lib.batching import collate, encode, make_batches, make_microbatches, numbe
 from lib.config import UserError, resolve
 from lib.data import load_examples
 from lib.policy import load_policy, load_tokenizer, named_weights, response_log_probs, shared_prefix_length
-from lib.train import TrainingError, evaluation_steps, train_steps
+from lib.train import TrainingError, evaluation_steps, make_optimizer, train_steps
 
 PROMPTS, OUTPUTS = ["What is 2 + 3?", "Compute 12."], [" 5", " 12 = 3 \\cdot 4 </answer>"]
 
@@ -122,7 +122,8 @@ def train(config, data_dir, model_folder, n=10):
     sequences = encode(load_examples(data_dir)[0][:n], tokenizer, config.max_length)
     batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
     policy = load_policy(str(model_folder), "cpu")
-    return policy, batches, list(train_steps(policy, batches, config, tokenizer.pad_token_id, n))
+    optimizer, scheduler = make_optimizer(policy, config, len(batches))
+    return policy, batches, list(train_steps(policy, optimizer, scheduler, batches, config, tokenizer.pad_token_id, n))
 
 
 def test_a_step_equals_the_course_functions(config, data_dir, tiny_model):
@@ -177,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config, data_dir, tin
         policy.model.norm.weight[0] = float("nan")
     before = [p.clone() for p in policy.parameters()]
     with pytest.raises(TrainingError, match=r"step 1: loss nan.*sft/\d+"):
-        list(train_steps(policy, [sequences], config, tokenizer.pad_token_id, 6))
+        list(train_steps(policy, *make_optimizer(policy, config, 1), [sequences], config, tokenizer.pad_token_id, 6))
     for old, new in zip(before, policy.parameters(), strict=True):
         torch.testing.assert_close(old, new, equal_nan=True)
 

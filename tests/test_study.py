@@ -254,7 +254,7 @@ def test_a_stopped_study_leaves_no_process_and_goes_on_where_it_stopped(stub, tm
     process = subprocess.Popen([sys.executable, "-c", driver, *words, "-p", "sleep", "60"], cwd=PROJECT_ROOT)
     try:
         pids = wait_for_run(folder / "n128")
-        with pytest.raises(UserError, match="another study is at work"):
+        with pytest.raises(UserError, match=f"process {process.pid} is at work"):
             made(stub, folder, "--sizes", "128")
         process.send_signal(number)
         assert process.wait(30) == (130 if number != signal.SIGKILL else -9)
