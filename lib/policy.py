@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from lib.config import UserError
 from lib.loss import compute_entropy
 
+PLAIN_ATTENTION = 1 << 30
+
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the end-of-sequence token as padding where it has none of its own."""
@@ -20,15 +22,26 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
-def load_policy(model: str, device: str, trust_remote_code: bool = False) -> torch.nn.Module:
+def load_policy(
+    model: str, device: str, trust_remote_code: bool = False, tokens_at_once: tuple[int, int] | None = None
+) -> torch.nn.Module:
     """Load a causal LM from a hub id or a folder (safetensors only), in fp32, on `device`.
 
+    `tokens_at_once`: the most (sequences, tokens of a sequence) that it will be trained on at a time. On the CPU
+    attention is computed plainly where all its scores fit into `PLAIN_ATTENTION` bytes then: the backward pass of
+    torch's fused kernel is slow for short sequences (training on mini is 1.2 times as fast without it).
     fp32 master weights: at the learning rates of fine-tuning most updates are smaller than bf16 can resolve.
     Forward and backward run under autocast (see `autocast`).
     """
     policy = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
     )
+    if device == "cpu" and tokens_at_once is not None:
+        sequences, length = tokens_at_once
+        shape = policy.config
+        scores = sequences * length**2 * shape.num_attention_heads * shape.num_hidden_layers
+        if 4 * scores < PLAIN_ATTENTION:
+            policy.set_attn_implementation("eager")
     return policy.to(device)
 
 

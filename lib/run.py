@@ -192,7 +192,8 @@ def start(run: Run) -> str:
     torch.manual_seed(config.seed)
     with run.recorded("setup"):
         with captured(run.log_file):
-            run.policy = load_policy(config.model, config.train_device, config.trust_remote_code)
+            largest = min(config.microbatch_size, config.batch_size), run.sizes["longest_example"]
+            run.policy = load_policy(config.model, config.train_device, config.trust_remote_code, largest)
         run.optimizer, run.scheduler = make_optimizer(run.policy, config, len(run.batches))
         checkpoint.remove_partial(config.run_dir)
         if found is not None:

@@ -22,7 +22,7 @@ def make_optimizer(policy: torch.nn.Module, config: RunConfig, total_steps: int)
         lr=config.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=config.weight_decay,
-        fused=config.train_device != "cpu",
+        fused=True,
     )
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
 

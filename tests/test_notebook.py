@@ -1,24 +1,34 @@
 """The training notebook, executed by papermill as a user does it, with real vLLM at toy size."""
 
+import contextlib
+import ipaddress
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from lib.config import PARAMETERS, PROJECT_ROOT
 
 NOTEBOOK = PROJECT_ROOT / "notebooks" / "train.ipynb"
+# In the environment of every run below; none of it may be found in anything that a run writes.
+SECRETS = {
+    "WANDB_API_KEY": "5ec7e7000000000000000000000000000000cafe",
+    "HF_TOKEN": "hf_5ec7e7ThatNobodyShouldSee",
+    "AWS_SECRET_ACCESS_KEY": "5ec7e7/That+NobodyShouldSee",
+}
 
 
 def papermill(output: Path, folder: Path, **parameters) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(output), "--no-progress-bar"]
     for name, value in parameters.items():
         command += ["-p", name, str(value)]
-    environment = os.environ | {"JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter")}
+    environment = os.environ | SECRETS | {"JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter")}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -60,15 +70,39 @@ def toy(tmp_path_factory, tiny_model):
         "runs_dir": folder / "runs",
     }
     settings |= {"batch_size": 8, "epochs": 2, "n_val": 8, "n_val_final": 12, "max_new_tokens": 8, "precision": "fp32"}
+    settings |= {"wandb_mode": "offline"}  # "auto" would go online with the key below
     return folder, settings | {"learning_rate": 0.005, "eval_interval": 3, "log_generations": 2}
+
+
+@contextlib.contextmanager
+def listening_addresses():
+    """The addresses on which this process's descendants listen while it lasts."""
+    found, stop = set(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    connections = process.net_connections(kind="inet")
+                    found.update(c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
 def executed(toy):
     # From a folder of its own: the notebook must not depend on the working directory.
     folder, settings = toy
-    result = papermill(folder / "n16.ipynb", folder, **settings)
+    with listening_addresses() as addresses:
+        result = papermill(folder / "n16.ipynb", folder, **settings)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert addresses and all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses
     return nbformat.read(folder / "n16.ipynb", as_version=4), folder / "runs" / "n16"
 
 
@@ -107,6 +141,17 @@ def test_the_notebook_shows_the_run_and_no_noise(executed):
         assert noise not in text
     assert not [o for c in notebook.cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
     assert "vLLM" in (run_dir / "run.log").read_text() or "vllm" in (run_dir / "run.log").read_text()
+
+
+def test_no_secret_is_written(executed):
+    """Guards against environments in configs, logs, notebooks and wandb's offline files."""
+    _, run_dir = executed
+    files = [path for path in run_dir.parents[1].rglob("*") if path.is_file() and "data" not in path.parts]
+    assert any(path.suffix == ".wandb" for path in files) and run_dir.with_suffix("") / "run.log" in files
+    for path in files:
+        content = path.read_bytes()
+        for name, secret in SECRETS.items():
+            assert secret.encode() not in content, f"{name} in {path}"
 
 
 def test_a_second_run_reuses_the_base_and_repeats_the_curve(toy, executed):
