@@ -185,6 +185,8 @@ def _watched(engine: Engine, call: Callable):
         except BaseException as error:
             future.set_exception(error)
 
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     engine.heard = time.monotonic()
     engine.call = threading.Thread(target=work, daemon=True)
     engine.call.start()
@@ -194,6 +196,10 @@ def _watched(engine: Engine, call: Callable):
         except StillWaiting:
             if future.done():  # the call itself timed out
                 raise
+        except EngineDeadError as error:
+            raise EngineError(
+                f"the engine died; the reason is at the end of its log, {engine.log_file.name}"
+            ) from error
         dead = [process.pid for process in engine.processes if not _is_alive(process)]
         silent = time.monotonic() - engine.heard
         if dead and silent > SECONDS_TO_REPORT:

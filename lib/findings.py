@@ -164,7 +164,7 @@ def gaps(study: Study) -> str:
     lines += [f"**{name} is not finished**; its curve is shown as far as it goes." for name in unfinished]
     if missing_sizes(study):
         lines.append(f"**Missing**: no run for {listed(map(named, missing_sizes(study)))}.")
-    lines += uneven_seeds(study) + differences(study) + incomplete_evaluations(study)
+    lines += uneven_seeds(study) + differences(study) + incomplete_evaluations(study) + resumed_runs(study)
     if not lines:
         return "All six runs are there, finished, and share every setting but their data."
     return "**Read with care:**\n\n" + bullets(lines)
@@ -200,6 +200,15 @@ def incomplete_evaluations(study: Study) -> list[str]:
     return [
         f"**{run}**: the evaluation at step {step} counts {counted} of {n} answers; it is left out everywhere."
         for run, step, counted, n in study.incomplete
+    ]
+
+
+def resumed_runs(study: Study) -> list[str]:
+    stops = {run.name: [str(at["train_step"]) for at in run.summary.get("resumed", [])] for run in study.finished}
+    return [
+        f"**{run}** was stopped, and resumed from its checkpoint after step {listed(steps)}."
+        for run, steps in stops.items()
+        if steps
     ]
 
 

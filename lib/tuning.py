@@ -40,7 +40,8 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
         return
     quiet_libraries(log_file)
     with captured(log_file):
-        policy = load_policy(config.model, config.train_device, config.trust_remote_code)
+        largest = config.microbatch_size, runs[left[0]].sizes["longest_example"]
+        policy = load_policy(config.model, config.train_device, config.trust_remote_code, largest)
     base = copy.deepcopy(policy.state_dict())
     engine = start_engine(runs[left[0]], log_file)
     try:

@@ -1,11 +1,12 @@
 """One engine on a GPU, in a process of its own: started, synced, proven, shut down. Prints what it saw as JSON.
 
-python tests/gpu_engine.py MODEL TRAIN_DEVICE EVAL_DEVICE [end: normal | exception | hang]
+python tests/gpu_engine.py MODEL TRAIN_DEVICE EVAL_DEVICE [end: normal | exception | hang | engine-killed]
 """
 
 import json
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -41,6 +42,10 @@ def main(model: str, train_device: str, eval_device: str, end: str = "normal") -
     )
     seen = {"start_seconds": engine.start_seconds, "sync_seconds": [], "proofs": []}
     print(json.dumps({"engine": [p.pid for p in psutil.Process().children(recursive=True)]}), flush=True)
+    if end == "engine-killed":
+        engines.load_policy_into_vllm_instance(policy, engine)
+        threading.Timer(1.0, engine.processes[0].kill).start()
+        engines.generate(engine, prompts * 500, Sampling(1.0, 1.0, 300))
     if end == "exception":
         raise RuntimeError("planted")
     if end == "hang":

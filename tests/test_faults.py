@@ -74,7 +74,15 @@ def start(run_dir: Path, cell: str = "", **settings) -> Started:
     printed = run_dir.with_suffix(".printed")
     with open(printed, "w") as file:
         environment = {**os.environ, MARK: str(run_dir)}
-        process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            command,
+            cwd=PROJECT_ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            # As in a terminal: a process started from a background job inherits that it is deaf to Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     return Started(process, run_dir, printed)
 
 
@@ -259,6 +267,18 @@ def test_kernel_interrupted(folder, report, where):
     report(f"kernel interrupted in {where}", run.said(), "nothing", go_on(run_dir, folder))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_papermill_stopped(folder, report, number):
+    """Ctrl-C, `kill`, and `kill -9` of the command itself: the kernel must not train on by itself."""
+    run_dir = folder / f"papermill-{number.name}"
+    run = start(run_dir)
+    run.wait_for_steps(5)
+    run.process.send_signal(number)
+    assert run.wait(60) != 0
+    assert left_behind(run_dir, seconds=30) == []
+    report(f"papermill stopped by {number.name}", run.said(), "nothing", go_on(run_dir, folder))
+
+
 SLOW_GENERATION = """
 import time
 generate = run.engine.llm.generate
@@ -286,7 +306,7 @@ def test_engine_dies_during_generation(folder, report):
     run_dir = folder / "dead-engine"
     run = start(run_dir, DEAD_ENGINE)
     assert run.wait() != 0
-    assert "EngineDeadError" in run.said() and left_behind(run_dir) == []
+    assert "EngineError: the engine died" in run.said() and left_behind(run_dir) == []
     report("engine dies in generation", run.said(), "nothing", go_on(run_dir, folder))
 
 
@@ -380,7 +400,7 @@ running.train_steps = steps_with_nan
 
 
 def test_loss_not_a_number(folder, report):
-    run_dir = folder / "nan"
+    run_dir = folder / "not-a-number"
     run = start(run_dir, NAN)
     assert run.wait() != 0
     assert "step 8: loss nan" in run.said() and "sft/" in run.said()

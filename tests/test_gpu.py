@@ -68,6 +68,14 @@ def test_weights_arrive_and_nothing_is_left(train_device, eval_device):
     assert_nothing_left(first["engine"], before)
 
 
+def test_an_engine_that_is_killed_is_noticed():
+    before = memory_used()
+    process = start("cuda:0", f"cuda:{min(1, torch.cuda.device_count() - 1)}", "engine-killed")
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode != 0 and "EngineError: the engine" in errors, errors[-4000:]
+    assert_nothing_left(json.loads(output.splitlines()[0])["engine"], before)
+
+
 @pytest.mark.parametrize("end", ["exception", "interrupt", "kill"])
 def test_nothing_is_left_after_a_bad_end(end):
     before = memory_used()

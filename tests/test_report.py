@@ -309,6 +309,16 @@ def test_matched_steps_are_read_as_such(tmp_path):
     assert "epochs" not in findings.gaps(study), "epochs differ on purpose there"
 
 
+def test_a_resumed_run_is_named(tmp_path):
+    run = fabricate_run(tmp_path, "full", PLANS["full"])
+    assert "resumed" not in findings.gaps(report.load(tmp_path))
+    summary = json.loads((run / "summary.json").read_text())
+    write_json(run / "summary.json", summary | {"resumed": [{"train_step": 24}, {"train_step": 60}]})
+    assert "**full** was stopped, and resumed from its checkpoint after step 24 and 60." in (
+        findings.gaps(report.load(tmp_path))
+    )
+
+
 def test_how_many_problems_the_traces_are_about(study, tmp_path):
     assert "The 1707 traces of the full set are about 128 distinct problems, 13.3 traces a problem" in (
         findings.examples_words(study)
