@@ -5,6 +5,7 @@ moments), `random.safetensors` and `state.json`. The order of the data needs no 
 hash in `state.json` proves that it is still the same. Only the newest checkpoint is kept.
 """
 
+import errno
 import json
 import os
 import re
@@ -37,10 +38,12 @@ def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, scheduler
     """Write the checkpoint of `step` and remove older ones; returns the seconds that it took.
 
     It appears under its name only when all of it is on the disk, so that a run killed at any moment leaves a whole
-    one. `state`: JSON-ready values that `read_state` gives back. Raises OSError where the disk is full.
+    one. `state`: JSON-ready values that `read_state` gives back. Raises OSError where the disk is full, or would be.
     """
     started = time.perf_counter()
     folder = run_dir / FOLDER
+    if shutil.disk_usage(run_dir).free < size(policy):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     partial, final = folder / f".partial-{step:06d}", folder / f"step-{step:06d}"
     remove_partial(run_dir)
     partial.mkdir(parents=True)
@@ -99,15 +102,19 @@ def remove_partial(run_dir: Path) -> None:
         shutil.rmtree(partial)
 
 
+def size(policy: torch.nn.Module) -> int:
+    """Bytes of a checkpoint: the weights and AdamW's two moments, in fp32."""
+    return 3 * sum(4 * weight.numel() for _, weight in named_weights(policy))
+
+
 def check_space(run_dir: Path, policy: torch.nn.Module) -> None:
     """UserError where the disk can't hold two checkpoints (the newest, and the one being written)."""
-    size = 3 * sum(4 * weight.numel() for _, weight in named_weights(policy))  # weights and AdamW's two moments, fp32
-    free = shutil.disk_usage(run_dir).free
-    if free < 2 * size:
+    needed, free = 2 * size(policy), shutil.disk_usage(run_dir).free
+    if free < needed:
         raise UserError(
-            f"checkpoint_interval: two checkpoints of {size / 1e9:.1f} GB don't fit on the disk of "
-            f"{shorten_path(str(run_dir))} ({free / 1e9:.1f} GB free); free some, choose another runs_dir, or set "
-            "checkpoint_interval=0 for no checkpoints"
+            f"checkpoint_interval: two checkpoints take {needed / 1e9:.1f} GB, and the disk of "
+            f"{shorten_path(str(run_dir))} has {free / 1e9:.1f} GB free; free some, choose another runs_dir, or set "
+            "checkpoint_interval=0 for no checkpoints (None makes them as long as there is room)"
         )
 
 

@@ -54,6 +54,7 @@ class LiveView:
     """A progress line and two curves (loss, accuracy) that are redrawn in place: one output each in the notebook."""
 
     def __init__(self, run: Run):
+        self.run = run
         self.tracker = run.tracker
         self.total = len(run.batches)
         self.done_before = len(run.tracker.metrics)  # by a stopped run that this one goes on with
@@ -107,7 +108,7 @@ class LiveView:
         left = f", about {elapsed / now * (self.total - done):.0f} s left" if now and done < self.total else ""
         return (
             f"<progress value='{done}' max='{self.total}' style='width:60%'></progress> "
-            f"step {done} of {self.total}, {elapsed:.0f} s{left}"
+            f"step {done} of {self.total}, {elapsed:.0f} s{left}. {self.run.note}"
         )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ from lib.train import evaluation_steps, make_optimizer, train_steps
 
 BASE = {"train_step": 0, "epoch": 0.0, "examples_seen": 0}  # the position of the untrained model
 PROOF_PROMPTS = 8
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 SUBSET_SEED = 0  # the validation subset is the same for every run, whatever its seed: runs are compared on it
 
 
@@ -65,6 +67,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     engine: engines.Engine | None = None
     seconds: dict = field(default_factory=dict)
+    note: str = ""  # what the reader should know beside the numbers
 
     @property
     def evaluation_steps(self) -> set[int]:
@@ -93,7 +96,7 @@ class RunError(RuntimeError):
 def _explain(error: BaseException, config: RunConfig) -> RunError | None:
     """A sentence for the errors of a machine at its limits, which say nothing about this run by themselves."""
     folder = shorten_path(str(config.run_dir))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return RunError(
             f"the disk is full ({error.strerror}: {shorten_path(str(error.filename or folder))}). What was measured is "
             f"in {folder}; free some space and run the same again: it goes on from its last checkpoint."
@@ -184,11 +187,15 @@ def start(run: Run) -> str:
     """
     config = run.config
     locks.hold(config.run_dir, f"run_name={config.run_name!r}:")
-    check_run_dir(config)  # again: another process may have finished the run meanwhile
-    found = checkpoint.latest(config.run_dir) if config.resume else None
-    past = None if found is None else _read_past(run, found)
-    quiet_libraries(run.log_file)
-    run.tracker = Tracker(config, describe_environment(config), run.sizes, past)
+    try:
+        check_run_dir(config)  # again: another process may have finished the run meanwhile
+        found = checkpoint.latest(config.run_dir) if config.resume else None
+        past = None if found is None else _read_past(run, found)
+        quiet_libraries(run.log_file)
+        run.tracker = Tracker(config, describe_environment(config), run.sizes, past)
+    except BaseException:
+        locks.release(config.run_dir)
+        raise
     torch.manual_seed(config.seed)
     with run.recorded("setup"):
         with captured(run.log_file):
@@ -198,7 +205,7 @@ def start(run: Run) -> str:
         checkpoint.remove_partial(config.run_dir)
         if found is not None:
             checkpoint.restore(found, run.policy, run.optimizer, run.scheduler, config.train_device)
-        elif config.checkpoint_interval != 0:
+        elif config.checkpoint_interval:
             checkpoint.check_space(config.run_dir, run.policy)
     with run.recorded("engine_start"):
         run.engine = start_engine(run, run.log_file)
@@ -273,11 +280,15 @@ def train(run: Run) -> Iterator[dict]:
         else:
             due = config.checkpoint_interval > 0 and step % config.checkpoint_interval == 0
         if due:
-            with run.recorded("checkpoints"):
-                elapsed = time.time() - tracker.started
-                state = {"train_step": step, "seconds": run.seconds, "elapsed": elapsed, "data": data}
-                models = run.policy, run.optimizer, run.scheduler
+            elapsed = time.time() - tracker.started
+            state = {"train_step": step, "seconds": run.seconds, "elapsed": elapsed, "data": data}
+            models = run.policy, run.optimizer, run.scheduler
+            try:
                 cost = checkpoint.save(config.run_dir, step, *models, config.train_device, state)
+            except OSError as error:
+                if config.checkpoint_interval is not None or error.errno not in DISK_FULL:
+                    raise
+                cost, run.note = math.inf, f"No checkpoint since step {step}: {error.strerror}."
             last = time.perf_counter()
         yield metrics
 

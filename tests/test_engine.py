@@ -1,5 +1,12 @@
 """Real vLLM on the CPU: the engine holds the weights that were sent, and forgets what it computed with the old ones."""
 
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
@@ -165,3 +172,48 @@ def test_prompts_of_an_evaluation_are_those_of_training(tiny_model, data_dir):
     expected = tokenizer(examples[0].prompt, add_special_tokens=False)["input_ids"]
     assert encode_prompts([problem], template, tokenizer) == [expected]
     assert Template("t", "a{question}b").question_in("a{question}b") == "{question}"
+
+
+# --- An engine that fails. Stand-ins for vLLM here; test_faults.py breaks the real one, test_gpu.py kills its process.
+
+
+def silent_engine(timeout: float, **parts) -> engines.Engine:
+    return engines.Engine(SimpleNamespace(), "cpu", "cpu", "fp32", Path("run.log"), 0, 0.0, timeout, **parts)
+
+
+def test_an_engine_without_a_sign_of_life_counts_as_hung():
+    engine, stop = silent_engine(0.5), threading.Event()
+    with pytest.raises(EngineError, match=r"no sign of life for .*engine_timeout=0.5"):
+        engines._watched(engine, stop.wait)
+    stop.set()
+
+
+def test_a_slow_engine_that_finishes_responses_does_not():
+    engine = silent_engine(1.5)
+
+    def slow():
+        for _ in engines._SignsOfLife(range(4), engine=engine):
+            pass
+        bar = engines._SignsOfLife(total=4, engine=engine)
+        for _ in range(4):
+            time.sleep(0.8)
+            bar.update()
+        return "done"
+
+    assert engines._watched(engine, slow) == "done"
+
+
+def test_an_engine_whose_process_ends_is_noticed(monkeypatch):
+    monkeypatch.setattr(engines, "SECONDS_TO_REPORT", 0.1)
+    child, stop = subprocess.Popen(["sleep", "60"]), threading.Event()
+    engine = silent_engine(600, processes=[psutil.Process(child.pid)])
+    threading.Timer(0.3, child.kill).start()
+    with pytest.raises(EngineError, match=f"the engine's process {child.pid} ended"):
+        engines._watched(engine, stop.wait)
+    stop.set()
+    child.wait()
+
+
+def test_an_error_in_the_engine_comes_through():
+    with pytest.raises(ZeroDivisionError):
+        engines._watched(silent_engine(600), lambda: 1 / 0)

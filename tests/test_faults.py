@@ -246,7 +246,7 @@ def test_no_room_for_checkpoints(folder, small_disk, report):
     run_dir = small_disk / "no-room"
     run = start(run_dir)
     assert run.wait() != 0
-    assert "checkpoint_interval: two checkpoints of" in run.said()
+    assert "checkpoint_interval: two checkpoints take" in run.said()
     (small_disk / "filler").unlink()
     shutil.copytree(next(folder.glob("base-*")), small_disk / next(folder.glob("base-*")).name)
     report("too little disk for checkpoints", run.said(), "nothing (not begun)", go_on(run_dir, folder))

@@ -35,9 +35,10 @@ def run_until(settings: dict, steps: int | None = None, **changed):
     """Prepare, start and train a run; `steps`: stop before the next one, as a killed process would."""
     run = prepare(resolve(settings | changed))
     said = start(run)
-    for metrics in train(run):
-        if metrics["train_step"] == steps:
-            break
+    with run.recorded("loop"):
+        for metrics in train(run):
+            if metrics["train_step"] == steps:
+                break
     locks.release(run.config.run_dir)  # as the system does when a process ends
     return run, said
 
@@ -88,6 +89,14 @@ def test_only_the_newest_whole_checkpoint_is_there(settings):
     assert [p.name for p in folder.iterdir()] == ["step-000006"]
 
 
+def test_checkpoints_come_at_evaluations_as_long_as_they_cost_little_time(settings, monkeypatch):
+    saved = []
+    for cost in (0.0, 1e6):
+        monkeypatch.setattr(checkpoint, "save", lambda run_dir, step, *rest, cost=cost: saved.append(step) or cost)
+        run_until(settings, run_name=f"cost-{cost:g}", checkpoint_interval=None, eval_interval=3)
+    assert saved == [3, 6, 8, 3]
+
+
 def test_a_failed_write_keeps_the_checkpoint_before(settings, monkeypatch):
     write = checkpoint._write_tensors
 
@@ -120,8 +129,7 @@ def test_a_run_with_other_settings_is_not_continued_and_loses_nothing(settings, 
     files = {p: p.read_bytes() for p in stopped.config.run_dir.rglob("*") if p.is_file() and p.name != "run.log"}
     with pytest.raises(UserError, match=message):
         run_until(settings, run_name="one", **changed)
-    locks.release(stopped.config.run_dir)
-    assert all(path.read_bytes() == content for path, content in files.items() if path.name != locks.NAME)
+    assert all(path.read_bytes() == content for path, content in files.items())
     _, said = run_until(settings, run_name="one", resume=False, **changed)
     assert said == "A new run."
 
@@ -165,8 +173,11 @@ def test_an_incomplete_evaluation_is_repeated_and_a_complete_one_is_not(settings
 def test_no_room_for_two_checkpoints_is_said_before_training(settings, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 1 << 10))
-    with pytest.raises(UserError, match=r"checkpoint_interval: two checkpoints of .* don't fit"):
+    with pytest.raises(UserError, match=r"checkpoint_interval: two checkpoints take .* GB free"):
         run_until(settings)
+    run, _ = run_until(settings, checkpoint_interval=None)  # nobody asked for them: the run goes on without
+    assert len(curve(run)) == 8 and run.note.startswith("No checkpoint since step 2: No space left")
+    assert not (run.config.run_dir / "checkpoints").exists()
 
 
 HOLD = """
