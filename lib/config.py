@@ -49,6 +49,7 @@ class RunConfig:
     top_p: float
     max_new_tokens: int
     greedy: str
+    eval_beside_training: bool
     log_generations: int
     verify_sync: str
     train_device: str
@@ -79,7 +80,7 @@ PARAMETERS = tuple(field.name for field in fields(RunConfig))
 INCIDENTAL = {
     *("runs_dir", "run_name", "overwrite", "resume", "checkpoint_interval", "keep_checkpoint", "keep_model"),
     *("microbatch_size", "trust_remote_code", "log_generations", "verify_sync", "wandb_mode", "wandb_project"),
-    *("train_device", "eval_device", "gpu_memory_utilization", "engine_timeout"),
+    *("train_device", "eval_device", "gpu_memory_utilization", "engine_timeout", "eval_beside_training"),
 }
 
 # The one place where a profile matters: what `None` in the parameters cell stands for.
@@ -186,6 +187,7 @@ def _check_values(values: dict) -> None:
     if n != "all" and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise UserError(f"n={n!r}: must be a positive integer or 'all'")
     _check_type(values, bool, "filtered", "trust_remote_code", "overwrite", "resume", "keep_checkpoint", "keep_model")
+    _check_type(values, bool, "eval_beside_training")
     _check_type(values, str, "model", "data_dir", "wandb_project")
     _check_range(values, int, 0, None, "seed", "log_generations")
     _check_range(values, int, 1, None, "batch_size", "microbatch_size", "max_length", "n_val", "max_new_tokens")

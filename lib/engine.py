@@ -172,11 +172,8 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _watched(engine: Engine, call: Callable):
-    """The result of a call into vLLM, or `EngineError` once the engine's process is gone or it is silent for too long.
-
-    The call has a thread of its own, because one that hangs would take the whole notebook along.
-    """
+def in_background(call: Callable) -> tuple[Future, threading.Thread]:
+    """Start a call in a thread of its own, which does not keep the process alive."""
     future: Future = Future()
 
     def work() -> None:
@@ -185,11 +182,20 @@ def _watched(engine: Engine, call: Callable):
         except BaseException as error:
             future.set_exception(error)
 
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return future, thread
+
+
+def _watched(engine: Engine, call: Callable):
+    """The result of a call into vLLM, or `EngineError` once the engine's process is gone or it is silent for too long.
+
+    The call has a thread of its own, because one that hangs would take the whole notebook along.
+    """
     from vllm.v1.engine.exceptions import EngineDeadError
 
     engine.heard = time.monotonic()
-    engine.call = threading.Thread(target=work, daemon=True)
-    engine.call.start()
+    future, engine.call = in_background(call)
     while True:
         try:
             return future.result(timeout=1.0)

@@ -19,9 +19,10 @@ FAILED = "failed"  # no verdict: the engine gave this response up
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation saw: one record a problem, the generations behind them, and the seconds of its parts."""
+    """What an evaluation saw: one record a problem, prompts and generations behind them, the seconds of its parts."""
 
     records: list[dict]
+    prompts: list[list[int]]
     generations: list[Generation]
     seconds: dict[str, float]
 
@@ -60,7 +61,7 @@ def evaluate(
         }
         for problem, generation, reward in zip(problems, generations, rewards, strict=True)
     ]
-    return Evaluation(records, generations, {"generate": generated - started, "grade": graded - generated})
+    return Evaluation(records, prompts, generations, {"generate": generated - started, "grade": graded - generated})
 
 
 def verdict(reward: dict, generation: Generation) -> str:
@@ -120,7 +121,6 @@ def _counts_by(records: list[dict], key) -> dict[str, dict[str, int]]:
 def log_generations(
     policy: torch.nn.Module,
     evaluation: Evaluation,
-    prompts: list[list[int]],
     chosen: list[int],
     device: str,
     precision: str,
@@ -136,7 +136,8 @@ def log_generations(
         response = evaluation.generations[position].token_ids
         if not response:
             continue
-        sequence = Sequence(evaluation.records[position]["id"], prompts[position] + response, len(prompts[position]))
+        prompt = evaluation.prompts[position]
+        sequence = Sequence(evaluation.records[position]["id"], prompt + response, len(prompt))
         batch = collate([sequence], pad_token_id=0).to(device)
         with torch.no_grad(), autocast(device, precision):
             _, entropy = response_log_probs(policy, batch.input_ids, batch.labels, batch.response_mask)

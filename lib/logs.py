@@ -5,7 +5,9 @@ import functools
 import logging
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -16,19 +18,41 @@ def captured(path: Path):
     vLLM binds its log handler to the standard output of the moment when it is imported, and its worker processes
     inherit file descriptors 1 and 2: both must happen inside.
     """
+    global _depth, _restore
+    with _lock:
+        if _depth == 0:
+            _restore = _redirect(_open(path))
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _restore()
+
+
+_lock = threading.Lock()
+_depth = 0  # how many of `captured` are open, in whatever threads: the first redirects, the last restores
+_restore: Callable[[], None]
+
+
+def _redirect(file) -> Callable[[], None]:
+    """Send Python's and the process's standard output and error to `file`; returns what takes that back."""
     sys.stdout.flush()
     sys.stderr.flush()
-    file = _open(path)
-    saved = os.dup(1), os.dup(2)
+    streams, copies = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
+    sys.stdout = sys.stderr = file
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
-    try:
-        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            yield
-    finally:
-        for target, copy in zip((1, 2), saved, strict=True):
+
+    def restore() -> None:
+        sys.stdout, sys.stderr = streams
+        for target, copy in zip((1, 2), copies, strict=True):
             os.dup2(copy, target)
             os.close(copy)
+
+    return restore
 
 
 @functools.cache

@@ -8,7 +8,9 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,6 +69,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     engine: engines.Engine | None = None
     seconds: dict = field(default_factory=dict)
+    pending: "Pending | None" = None  # the evaluation that goes on beside training
     note: str = ""  # what the reader should know beside the numbers
 
     @property
@@ -87,6 +90,15 @@ class Run:
             raise
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An evaluation under way: which weights were sent, how, and what will come of it."""
+
+    position: dict
+    sync: dict
+    results: Future  # of (decoding, Evaluation) pairs
 
 
 class RunError(RuntimeError):
@@ -279,6 +291,8 @@ def train(run: Run) -> Iterator[dict]:
             due = step in run.evaluation_steps and affordable
         else:
             due = config.checkpoint_interval > 0 and step % config.checkpoint_interval == 0
+        if run.pending is not None and (due or run.pending.results.done()):
+            finish_evaluation(run)  # a checkpoint has all evaluations of the weights before it
         if due:
             elapsed = time.time() - tracker.started
             state = {"train_step": step, "seconds": run.seconds, "elapsed": elapsed, "data": data}
@@ -320,28 +334,48 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
 
     `position` holds `train_step`, `epoch` and `examples_seen`. At the last step all problems are evaluated (and, by
     `greedy`, once more greedily), and the line of the subset is taken from these records.
-    Returns the lines written to `evaluations.jsonl`.
+    Returns the lines written to `evaluations.jsonl`; none yet with `eval_beside_training`, where training goes on and
+    the lines are written once the engine has answered, before it gets other weights.
     """
-    config = run.config
+    finish_evaluation(run)
+    config, random_state = run.config, torch.get_rng_state()
     with run.recorded("sync"):
-        sync_seconds = engines.load_policy_into_vllm_instance(run.policy, run.engine)
-        proof = None
+        sync = {"sync": engines.load_policy_into_vllm_instance(run.policy, run.engine), "proof": None}
         if config.verify_sync == "always" or run.engine.synced == 1:
-            proof = engines.prove_sync(run.policy, run.engine, run.prompts[:: len(run.prompts) // PROOF_PROMPTS or 1])
+            prompts = run.prompts[:: len(run.prompts) // PROOF_PROMPTS or 1]
+            sync["proof"] = engines.prove_sync(run.policy, run.engine, prompts)
     final = position["train_step"] in (0, len(run.batches))
-    positions = [i for i, p in enumerate(run.problems) if final or p.id in run.subset_ids]
+    future, _ = engines.in_background(partial(_generate, run, position["train_step"], final))
+    run.pending = Pending(position, sync, future)
+    if config.eval_beside_training and not final:
+        return []
+    lines = finish_evaluation(run)
+    torch.set_rng_state(random_state)  # training draws its random numbers as if nothing had been evaluated
+    return lines
+
+
+def finish_evaluation(run: Run) -> list[dict]:
+    """Wait for the evaluation that is under way, if there is one, and log it: the lines written."""
+    if run.pending is None:
+        return []
+    pending, config = run.pending, run.config
+    with run.recorded("evaluate"):
+        results = pending.results.result()
+        run.pending = None
+    position, final = pending.position, pending.position["train_step"] in (0, len(run.batches))
     parts = []
-    for decoding in dict.fromkeys(decoding for _, decoding in _parts(run, final)):
-        with run.recorded("evaluate"):
-            result = _evaluate_at(run, positions, decoding, config.seed + position["train_step"])
+    for decoding, result in results:
+        if not config.eval_beside_training or final:  # otherwise the policy has moved on
+            shown = [i for i, record in enumerate(result.records) if record["id"] in run.shown_ids]
+            evaluation.log_generations(run.policy, result, shown, config.train_device, config.precision)
         settings = {
             **{key: position[key] for key in BASE},
             "decoding": decoding,
             "temperature": config.temperature if decoding == "sampled" else 0.0,
             "top_p": config.top_p if decoding == "sampled" else 1.0,
             "max_new_tokens": config.max_new_tokens,
-            "seconds": {"sync": sync_seconds, **result.seconds},
-            "sync_proof": proof,
+            "seconds": {"sync": pending.sync["sync"], **result.seconds},
+            "sync_proof": pending.sync["proof"],
         }
         if final:
             parts.append((settings | {"split": "full"}, result.records))
@@ -364,16 +398,18 @@ def _parts(run: Run, final: bool) -> list[tuple[str, str]]:
     return [(split, decoding) for decoding in ("sampled", *["greedy"] * greedy) for split in splits]
 
 
-def _evaluate_at(run: Run, positions: list[int], decoding: str, seed: int) -> evaluation.Evaluation:
+def _generate(run: Run, step: int, final: bool) -> list[tuple[str, evaluation.Evaluation]]:
+    """Have the engine answer with the weights that it holds, and grade: (decoding, Evaluation) pairs."""
     config = run.config
-    sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
-    if decoding == "greedy":
-        sampling = engines.Sampling(0.0, 1.0, config.max_new_tokens)
-    problems, prompts = [run.problems[i] for i in positions], [run.prompts[i] for i in positions]
-    result = evaluation.evaluate(run.engine, problems, prompts, sampling, seed)
-    shown = [i for i, p in enumerate(problems) if p.id in run.shown_ids]
-    evaluation.log_generations(run.policy, result, prompts, shown, config.train_device, config.precision)
-    return result
+    chosen = [i for i, p in enumerate(run.problems) if final or p.id in run.subset_ids]
+    problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
+    results = []
+    for decoding in dict.fromkeys(decoding for _, decoding in _parts(run, final)):
+        sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
+        if decoding == "greedy":
+            sampling = engines.Sampling(0.0, 1.0, config.max_new_tokens)
+        results.append((decoding, evaluation.evaluate(run.engine, problems, prompts, sampling, config.seed + step)))
+    return results
 
 
 def evaluate_base(run: Run) -> tuple[list[dict], str]:

@@ -123,7 +123,7 @@ def test_an_evaluation_gives_a_record_a_problem(engine, policy, tiny_model, data
     assert all(
         r["verdict"] == "truncated" and r["tokens"] == 10 for r in result.records if r["finish_reason"] == "length"
     )
-    shown = log_generations(policy, result, prompts, [1, 4], "cpu", "fp32")
+    shown = log_generations(policy, result, [1, 4], "cpu", "fp32")
     assert [r["id"] for r in shown] == [problems[1].id, problems[4].id]
     # second route: the entropy of the policy's own distributions, position by position
     ids = torch.tensor([prompts[1] + result.generations[1].token_ids])
