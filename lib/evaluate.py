@@ -64,6 +64,12 @@ def evaluate(
     return Evaluation(records, prompts, generations, {"generate": generated - started, "grade": graded - generated})
 
 
+def parts(greedy: str, final: bool) -> list[tuple[str, str]]:
+    """(split, decoding) of the lines that an evaluation writes; `final`: at the start and at the end of a run."""
+    decodings = ["sampled", "greedy"] if greedy == "always" or (greedy == "final" and final) else ["sampled"]
+    return [(split, decoding) for decoding in decodings for split in (("full", "subset") if final else ("subset",))]
+
+
 def verdict(reward: dict, generation: Generation) -> str:
     """Keep apart what an accuracy mixes: a wrong answer, an ended response without one, and a response cut off."""
     if generation.finish_reason == FAILED:

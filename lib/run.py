@@ -20,15 +20,7 @@ from lib import checkpoint, locks
 from lib import engine as engines
 from lib import evaluate as evaluation
 from lib.batching import Sequence, encode, make_batches
-from lib.config import (
-    INCIDENTAL,
-    RunConfig,
-    UserError,
-    check_run_dir,
-    describe_environment,
-    shorten_path,
-    write_json,
-)
+from lib.config import RunConfig, UserError, check_run_dir, describe_environment, shorten_path, write_json
 from lib.data import (
     Problem,
     Template,
@@ -40,13 +32,17 @@ from lib.data import (
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.policy import load_policy, load_tokenizer
-from lib.tracking import Past, Tracker, read_lines
+from lib.resume import hash_batches, read_past
+from lib.tracking import Tracker, read_lines
 from lib.train import evaluation_steps, make_optimizer, train_steps
 
 BASE = {"train_step": 0, "epoch": 0.0, "examples_seen": 0}  # the position of the untrained model
 PROOF_PROMPTS = 8
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 SUBSET_SEED = 0  # the validation subset is the same for every run, whatever its seed: runs are compared on it
+
+
+# --- A run and what can end it ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -131,6 +127,9 @@ def _end(run: Run, error: BaseException) -> None:
     locks.release(run.config.run_dir)
 
 
+# --- Before training -------------------------------------------------------------------------------------------------
+
+
 def prepare(config: RunConfig) -> Run:
     """Read and check all data, choose the examples, and cut the batches; no model is loaded, nothing is written."""
     data_dir = Path(config.data_dir)
@@ -202,9 +201,10 @@ def start(run: Run) -> str:
     try:
         check_run_dir(config)  # again: another process may have finished the run meanwhile
         found = checkpoint.latest(config.run_dir) if config.resume else None
-        past = None if found is None else _read_past(run, found)
+        past = None if found is None else read_past(config, run.batches, found)
         quiet_libraries(run.log_file)
         run.tracker = Tracker(config, describe_environment(config), run.sizes, past)
+        run.seconds.update(past.seconds if past else {})
     except BaseException:
         locks.release(config.run_dir)
         raise
@@ -226,50 +226,24 @@ def start(run: Run) -> str:
     return f"Resumed after step {len(past.metrics)} of {len(run.batches)}, where a stopped run had its last checkpoint."
 
 
-def _read_past(run: Run, found: Path) -> Past:
-    """What the stopped run of this folder measured up to the checkpoint `found`.
-
-    An evaluation counts only if it is complete. UserError where the stopped run had other settings or other data.
-    """
-    config, folder = run.config, shorten_path(str(run.config.run_dir))
-    written = json.loads((config.run_dir / "config.json").read_text(encoding="utf-8"))
-    own = config.to_dict()
-    changed = [
-        f"{name} is {value!r} there, {own[name]!r} is asked for"
-        for name, value in written["parameters"].items()
-        if name in own and name not in INCIDENTAL and own[name] != value
-    ]
-    state = checkpoint.read_state(found)
-    if state["data"] != _data_hash(run):
-        changed.append("its training data are not the same any more")
-    if changed:
-        raise UserError(
-            f"resume: the stopped run in {folder} can't be continued: {'; '.join(changed)}. Ask for the same, choose "
-            "another run_name, or start again with resume=False"
-        )
-    run.seconds.update(state["seconds"])
-    step = state["train_step"]
-    metrics = [row for row in read_lines(config.run_dir / "metrics.jsonl") if row["train_step"] <= step]
-    by_step: dict[int, list[dict]] = {}
-    for row in read_lines(config.run_dir / "evaluations.jsonl"):
-        by_step.setdefault(row["train_step"], []).append(row)
-    evaluations = []
-    for at, rows in by_step.items():
-        final = at in (0, len(run.batches))
-        whole = {(row["split"], row["decoding"]) for row in rows} == set(_parts(run, final))
-        if at <= step and whole and not (final and any(row.get("failed") for row in rows)):
-            evaluations += rows
-    resumed = [*written.get("resumed", []), {"train_step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}]
-    return Past(metrics, evaluations, state["elapsed"], written["wandb_id"], resumed)
+def start_engine(run: Run, log_file: Path) -> engines.Engine:
+    """An engine for the run's model and devices, with room for its longest prompt and response."""
+    config = run.config
+    return engines.init_vllm(
+        config.model,
+        config.eval_device,
+        config.train_device,
+        log_file=log_file,
+        precision=config.precision,
+        seed=config.seed,
+        max_model_len=longest_evaluation(run),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        timeout=config.engine_timeout,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
-def _data_hash(run: Run) -> str:
-    """SHA-256 of the tokens that the run trains on, in their order."""
-    digest = hashlib.sha256()
-    for sequence in {s.id: s for batch in run.batches for s in batch}.values():
-        digest.update(json.dumps([sequence.id, sequence.prompt_length, sequence.token_ids]).encode())
-    digest.update(json.dumps([[s.id for s in batch] for batch in run.batches]).encode())
-    return digest.hexdigest()
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def train(run: Run) -> Iterator[dict]:
@@ -280,7 +254,7 @@ def train(run: Run) -> Iterator[dict]:
     config, tracker, done = run.config, run.tracker, len(run.tracker.metrics)
     if done:
         yield tracker.metrics[-1]
-    data = _data_hash(run)
+    data = hash_batches(run.batches)
     cost, last = 0.0, time.perf_counter()
     pad, n = run.tokenizer.pad_token_id, run.sizes["selected"]
     for metrics in train_steps(run.policy, run.optimizer, run.scheduler, run.batches, config, pad, n, done):
@@ -312,21 +286,7 @@ def evaluation_due(run: Run, step: int) -> bool:
     return step in run.evaluation_steps and not any(e["train_step"] == step for e in run.tracker.evaluations)
 
 
-def start_engine(run: Run, log_file: Path) -> engines.Engine:
-    """An engine for the run's model and devices, with room for its longest prompt and response."""
-    config = run.config
-    return engines.init_vllm(
-        config.model,
-        config.eval_device,
-        config.train_device,
-        log_file=log_file,
-        precision=config.precision,
-        seed=config.seed,
-        max_model_len=longest_evaluation(run),
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        timeout=config.engine_timeout,
-        trust_remote_code=config.trust_remote_code,
-    )
+# --- Evaluation ------------------------------------------------------------------------------------------------------
 
 
 def evaluate_policy(run: Run, position: dict) -> list[dict]:
@@ -391,25 +351,21 @@ def finish_evaluation(run: Run) -> list[dict]:
     return lines
 
 
-def _parts(run: Run, final: bool) -> list[tuple[str, str]]:
-    """(split, decoding) of the lines that an evaluation writes; `final`: at the start and at the end."""
-    greedy = run.config.greedy == "always" or (run.config.greedy == "final" and final)
-    splits = ("full", "subset") if final else ("subset",)
-    return [(split, decoding) for decoding in ("sampled", *["greedy"] * greedy) for split in splits]
-
-
 def _generate(run: Run, step: int, final: bool) -> list[tuple[str, evaluation.Evaluation]]:
     """Have the engine answer with the weights that it holds, and grade: (decoding, Evaluation) pairs."""
     config = run.config
     chosen = [i for i, p in enumerate(run.problems) if final or p.id in run.subset_ids]
     problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
     results = []
-    for decoding in dict.fromkeys(decoding for _, decoding in _parts(run, final)):
+    for decoding in dict.fromkeys(decoding for _, decoding in evaluation.parts(config.greedy, final)):
         sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
         if decoding == "greedy":
             sampling = engines.Sampling(0.0, 1.0, config.max_new_tokens)
         results.append((decoding, evaluation.evaluate(run.engine, problems, prompts, sampling, config.seed + step)))
     return results
+
+
+# --- The untrained base ----------------------------------------------------------------------------------------------
 
 
 def evaluate_base(run: Run) -> tuple[list[dict], str]:
@@ -472,6 +428,9 @@ def _fingerprint(model: str) -> list | None:
         with open(path, "rb") as file:
             marks.append([path.name, path.stat().st_size, hashlib.sha256(file.read(1 << 20)).hexdigest()])
     return marks or None
+
+
+# --- The end ---------------------------------------------------------------------------------------------------------
 
 
 def final_evaluation(run: Run) -> dict:

@@ -22,7 +22,8 @@ class Past:
 
     metrics: list[dict]
     evaluations: list[dict]
-    seconds: float
+    elapsed: float  # seconds from its start to the checkpoint
+    seconds: dict  # of its parts
     wandb_id: str
     resumed: list[dict]
 
@@ -40,7 +41,7 @@ class Tracker:
         self.metrics = list(past.metrics) if past else []
         self.evaluations = list(past.evaluations) if past else []
         self.resumed = list(past.resumed) if past else []
-        self.started = time.time() - (past.seconds if past else 0.0)
+        self.started = time.time() - (past.elapsed if past else 0.0)
         self.wandb = None
         self.wandb_note = ""
         if past is None:

@@ -148,6 +148,14 @@ def test_other_data_under_the_same_settings_are_noticed(settings, data_dir):
         run_until(settings)
 
 
+def test_a_checkpoint_without_its_metrics_is_not_continued(settings):
+    run, _ = run_until(settings, steps=4)
+    path = run.config.run_dir / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(UserError, match=r"its metrics.jsonl has 2 of 3 steps"):
+        run_until(settings)
+
+
 def test_without_checkpoints_a_stopped_run_begins_again(settings):
     run, _ = run_until(settings, steps=4, checkpoint_interval=0)
     assert not (run.config.run_dir / "checkpoints").exists()
