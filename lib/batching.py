@@ -1,15 +1,17 @@
-"""From examples to token batches: encoding, the seeded order of a run, and microbatches."""
+"""From examples to token batches: encoding, the seeded order of a run, and packed microbatches."""
 
 import math
 import random
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from lib.attention import Packing, make_packing
 from lib.config import UserError
 from lib.data import Example
-from lib.loss import pad_and_shift
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,21 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Tensors (B, T) of one forward and backward pass: inputs, labels one token ahead, and the mask on the labels."""
+    """The packed tokens of one forward and backward pass, without padding (see `lib.attention`).
+
+    `input_ids`, `position_ids`: (1, S). `response_positions`, `labels`: (R,), the places in the row after which the R
+    response tokens come, and these tokens.
+    """
 
     input_ids: Tensor
+    position_ids: Tensor
+    response_positions: Tensor
     labels: Tensor
-    response_mask: Tensor
+    packing: Packing
 
     def to(self, device: str) -> "Microbatch":
-        return Microbatch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.labels, self.response_mask)))
+        tensors = self.input_ids, self.position_ids, self.response_positions, self.labels
+        return Microbatch(*(t.to(device, non_blocking=True) for t in tensors), self.packing.to(device))
 
 
 def encode(examples: list[Example], tokenizer, max_length: int) -> list[Sequence]:
@@ -84,17 +93,56 @@ def make_batches(sequences: list[Sequence], batch_size: int, epochs: float, max_
     return batches[: number_of_steps(len(sequences), batch_size, epochs, max_steps)]
 
 
-def make_microbatches(batch: list[Sequence], microbatch_size: int, pad_token_id: int) -> list[Microbatch]:
-    """Cut an optimizer batch into microbatches of sequences of similar length, so that little is padded.
+def make_microbatches(batch: list[Sequence], microbatch_tokens: int, share_prefix: bool = True) -> list[Microbatch]:
+    """Cut an optimizer batch into microbatches of about equal size, none with more than `microbatch_tokens` tokens.
 
-    The loss of a batch is a sum over its tokens, so the order inside it changes nothing.
+    A longer sequence has a microbatch of its own. The loss of a batch is a sum over its tokens, so neither the cut nor
+    the order changes it. The tokens that all prompts of the batch begin with are packed once, unless `share_prefix` is
+    off.
     """
+    prefix = shared_prefix_length(batch) if share_prefix else 0
     ordered = sorted(batch, key=lambda s: len(s.token_ids))
-    return [collate(ordered[i : i + microbatch_size], pad_token_id) for i in range(0, len(ordered), microbatch_size)]
+    total = sum(len(s.token_ids) for s in ordered)
+    for count in range(math.ceil(total / microbatch_tokens), len(ordered) + 1):
+        parts = _cut(ordered, count, total)
+        if all(len(part) == 1 or sum(len(s.token_ids) for s in part) <= microbatch_tokens for part in parts):
+            break
+    else:
+        parts = [[sequence] for sequence in ordered]
+    return [pack(part, prefix) for part in parts]
 
 
-def collate(sequences: list[Sequence], pad_token_id: int) -> Microbatch:
-    """Pad sequences to the longest of them: tensors (B, T - 1)."""
-    ids = [torch.tensor(s.token_ids) for s in sequences]
-    masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in sequences]
-    return Microbatch(**pad_and_shift(ids, masks, pad_token_id))
+def _cut(sequences: list[Sequence], count: int, total: int) -> list[list[Sequence]]:
+    """At most `count` runs of neighbouring sequences with about as many tokens each, `total` of them together."""
+    parts, before = defaultdict(list), 0
+    for sequence in sequences:
+        length = len(sequence.token_ids)
+        parts[int((before + length / 2) * count / total)].append(sequence)
+        before += length
+    return list(parts.values())
+
+
+def shared_prefix_length(sequences: list[Sequence]) -> int:
+    """How many leading tokens all prompts have in common, their last token aside, after which the response comes.
+
+    0 where it would not pay: one sequence, or fewer than 16 tokens.
+    """
+    columns = zip(*(s.token_ids[: s.prompt_length - 1] for s in sequences), strict=False)  # up to the shortest
+    length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return length if len(sequences) > 1 and length >= 16 else 0
+
+
+def pack(sequences: list[Sequence], prefix: int = 0) -> Microbatch:
+    """Pack sequences, whose first `prefix` tokens are the same, into one row: these once, then the rest of each."""
+    input_ids, position_ids = list(sequences[0].token_ids[:prefix]), list(range(prefix))
+    response_positions, labels, lengths = [], [], []
+    for sequence in sequences:
+        ids = sequence.token_ids
+        offset = len(input_ids) - prefix  # place in the row minus position in the sequence
+        input_ids += ids[prefix:-1]
+        position_ids += range(prefix, len(ids) - 1)
+        response_positions += range(offset + sequence.prompt_length - 1, offset + len(ids) - 1)
+        labels += ids[sequence.prompt_length :]
+        lengths.append(len(ids) - 1 - prefix)
+    row = torch.tensor([input_ids]), torch.tensor([position_ids])
+    return Microbatch(*row, torch.tensor(response_positions), torch.tensor(labels), make_packing(prefix, lengths))

@@ -33,7 +33,7 @@ class RunConfig:
     seed: int
     learning_rate: float
     batch_size: int
-    microbatch_size: int
+    microbatch_tokens: int
     epochs: float
     max_steps: int | None
     warmup_ratio: float
@@ -79,7 +79,7 @@ PARAMETERS = tuple(field.name for field in fields(RunConfig))
 # Where and how a run is made, not what it is: its numbers do not depend on these.
 INCIDENTAL = {
     *("runs_dir", "run_name", "overwrite", "resume", "checkpoint_interval", "keep_checkpoint", "keep_model"),
-    *("microbatch_size", "trust_remote_code", "log_generations", "verify_sync", "wandb_mode", "wandb_project"),
+    *("microbatch_tokens", "trust_remote_code", "log_generations", "verify_sync", "wandb_mode", "wandb_project"),
     *("train_device", "eval_device", "gpu_memory_utilization", "engine_timeout", "eval_beside_training"),
 }
 
@@ -90,7 +90,7 @@ PROFILES = {
         "data_dir": str(MATH_DATA_DIR),
         "learning_rate": 4e-5,
         "batch_size": 64,
-        "microbatch_size": 16,
+        "microbatch_tokens": 16384,
         "epochs": 5,
         "max_length": 2048,
         "n_val": 1000,
@@ -101,7 +101,7 @@ PROFILES = {
         "data_dir": str(PROJECT_ROOT / "lib/mini/data"),
         "learning_rate": 1e-3,
         "batch_size": 8,
-        "microbatch_size": 8,
+        "microbatch_tokens": 4096,
         "epochs": 3,
         "max_length": 512,
         "n_val": 250,
@@ -190,7 +190,7 @@ def _check_values(values: dict) -> None:
     _check_type(values, bool, "eval_beside_training")
     _check_type(values, str, "model", "data_dir", "wandb_project")
     _check_range(values, int, 0, None, "seed", "log_generations")
-    _check_range(values, int, 1, None, "batch_size", "microbatch_size", "max_length", "n_val", "max_new_tokens")
+    _check_range(values, int, 1, None, "batch_size", "microbatch_tokens", "max_length", "n_val", "max_new_tokens")
     _check_range(values, int, 1, None, "max_steps", "n_val_final", "eval_interval", optional=True)
     _check_range(values, int, 0, None, "checkpoint_interval", optional=True)
     _check_range(values, float, 0, None, "temperature", "weight_decay")

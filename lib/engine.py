@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from lib.logs import captured
-from lib.policy import autocast, named_weights
+from lib.policy import as_written, autocast, named_weights
 
 STOP = "</answer>"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -383,7 +383,7 @@ def prove_sync(policy: torch.nn.Module, engine: Engine, prompts: list[list[int]]
     policy.eval()
     for prompt_ids, generation in zip(prompts, generations, strict=True):
         ids = torch.tensor([prompt_ids + generation.token_ids], device=engine.train_device)
-        with torch.no_grad(), autocast(engine.train_device, engine.precision):
+        with torch.no_grad(), as_written(policy), autocast(engine.train_device, engine.precision):
             logits = policy(ids[:, :-1]).logits[0, len(prompt_ids) - 1 :].float()  # (new tokens, V)
         chosen = logits.log_softmax(-1).gather(-1, ids[0, len(prompt_ids) :, None])[:, 0]
         differences += (chosen.cpu() - torch.tensor(generation.log_probs)).abs().tolist()

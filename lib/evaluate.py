@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import binomtest
 
-from lib.batching import Sequence, collate
+from lib.batching import Sequence, pack
 from lib.data import Problem, Template
 from lib.engine import Engine, Generation, Sampling, generate
 from lib.grading import grade_many
-from lib.policy import autocast, response_log_probs
+from lib.policy import as_written, autocast, response_log_probs
 
 VERDICTS = ("correct", "wrong", "no_answer", "truncated")
 FAILED = "failed"  # no verdict: the engine gave this response up
@@ -144,9 +144,8 @@ def log_generations(
             continue
         prompt = evaluation.prompts[position]
         sequence = Sequence(evaluation.records[position]["id"], prompt + response, len(prompt))
-        batch = collate([sequence], pad_token_id=0).to(device)
-        with torch.no_grad(), autocast(device, precision):
-            _, entropy = response_log_probs(policy, batch.input_ids, batch.labels, batch.response_mask)
+        with torch.no_grad(), as_written(policy), autocast(device, precision):
+            _, entropy = response_log_probs(policy, pack([sequence]).to(device))
         evaluation.records[position]["token_entropy"] = entropy.mean().item()
     policy.train(was_training)
     return [evaluation.records[position] for position in chosen]

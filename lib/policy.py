@@ -1,15 +1,18 @@
 """The policy: a causal language model in fp32 master weights, and its log-probabilities where they are needed."""
 
+import functools
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from lib import attention
+from lib.batching import Microbatch
 from lib.config import UserError
 from lib.loss import compute_entropy
 
-PLAIN_ATTENTION = 1 << 30
+LOGITS_AT_ONCE = 1 << 28  # elements of the logits (tokens x vocabulary) that a backward pass holds
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -22,27 +25,21 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
-def load_policy(
-    model: str, device: str, trust_remote_code: bool = False, tokens_at_once: tuple[int, int] | None = None
-) -> torch.nn.Module:
+def load_policy(model: str, device: str, trust_remote_code: bool = False) -> torch.nn.Module:
     """Load a causal LM from a hub id or a folder (safetensors only), in fp32, on `device`.
 
-    `tokens_at_once`: the most (sequences, tokens of a sequence) that it will be trained on at a time. On the CPU
-    attention is computed plainly where all its scores fit into `PLAIN_ATTENTION` bytes then: the backward pass of
-    torch's fused kernel is slow for short sequences (training on mini is 1.2 times as fast without it).
     fp32 master weights: at the learning rates of fine-tuning most updates are smaller than bf16 can resolve.
-    Forward and backward run under autocast (see `autocast`).
+    Forward and backward run under autocast (see `autocast`), with packed attention (see `lib.attention`). On a GPU the
+    decoder's layers are compiled, all by one and the same program; a small model on a CPU would not win the time back.
     """
     policy = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
-    if device == "cpu" and tokens_at_once is not None:
-        sequences, length = tokens_at_once
-        shape = policy.config
-        scores = sequences * length**2 * shape.num_attention_heads * shape.num_hidden_layers
-        if 4 * scores < PLAIN_ATTENTION:
-            policy.set_attn_implementation("eager")
-    return policy.to(device)
+    ).to(device)
+    policy.set_attn_implementation(attention.NAME)
+    if device != "cpu":
+        for layer in policy.get_decoder().layers:
+            layer.compile(dynamic=True)  # lengths differ from microbatch to microbatch
+    return policy
 
 
 def autocast(device: str, precision: str):
@@ -50,38 +47,71 @@ def autocast(device: str, precision: str):
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def response_log_probs(
-    policy: torch.nn.Module, input_ids: Tensor, labels: Tensor, response_mask: Tensor
+def response_log_probs(policy: torch.nn.Module, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (nats, without gradient) of the R response tokens: (R,), (R,).
+
+    Equals `lib.loss.get_response_log_probs` where its mask is 1, gradients included, with less work: no padding, and
+    the vocabulary projection for response positions alone.
+    """
+    return _predict(policy, _response_states(policy, microbatch), microbatch.labels)
+
+
+def backward(
+    policy: torch.nn.Module, microbatch: Microbatch, normalize_constant: float, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (nats, without gradient) of the N response tokens only: (N,), (N,).
+    """Add the gradients of a microbatch's loss, and return the loss and the sum of token entropies (scalars).
 
-    Equals `lib.loss.get_response_log_probs` where the mask is 1, gradients included, with less work: the vocabulary
-    projection is made for response positions alone, and the preamble that all prompts begin with is computed once.
+    The loss is the negative log-likelihood of the response tokens over `normalize_constant`. Logits are the largest
+    tensors of all at a vocabulary of 150,000: they are made, differentiated and dropped part by part, and the decoder's
+    backward pass starts from the gradients of its last states.
     """
-    shared = shared_prefix_length(input_ids, response_mask)
+    device = microbatch.labels.device.type
+    with autocast(device, precision):
+        states = _response_states(policy, microbatch)  # (R, D)
+    leaf = states.detach().requires_grad_()
+    loss, entropy = torch.zeros(2, device=states.device).unbind()
+    rows = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
+    for part, labels in zip(leaf.split(rows), microbatch.labels.split(rows), strict=True):
+        with autocast(device, precision):
+            log_probs, entropies = _predict(policy, part, labels)
+        part_loss = -log_probs.sum() / normalize_constant
+        part_loss.backward()
+        loss, entropy = loss + part_loss.detach(), entropy + entropies.sum()
+    states.backward(leaf.grad)
+    return loss, entropy
+
+
+def _response_states(policy: torch.nn.Module, microbatch: Microbatch) -> Tensor:
+    """The decoder's last states (R, D) where a response token comes next."""
     decoder = policy.get_decoder()
-    if shared == 0:
-        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
-    else:
-        cache = decoder(input_ids=input_ids[:1, :shared], use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(input_ids))  # differentiable: the rows' gradients add up in the one prefix
-        hidden = decoder(input_ids=input_ids[:, shared:], past_key_values=cache).last_hidden_state  # (B, T - shared, D)
-    mask = response_mask[:, shared:]
-    logits = policy.get_output_embeddings()(hidden[mask]).float()  # (N, V)
-    log_probs = -torch.nn.functional.cross_entropy(logits, labels[:, shared:][mask], reduction="none")
+    row = {"input_ids": microbatch.input_ids, "position_ids": microbatch.position_ids, "packing": microbatch.packing}
+    states = decoder(**row, use_cache=False).last_hidden_state[0]  # (S, D)
+    return states.index_select(0, microbatch.response_positions)
+
+
+def _predict(policy: torch.nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Last states (R, D) and the tokens that came -> their log-probabilities and the entropies, (R,) each."""
+    logits = policy.get_output_embeddings()(states)  # (R, V)
+    return (_compiled_statistics() if logits.is_cuda else _statistics)(logits, labels)
+
+
+def _statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (R, V) -> log-probabilities of the labels, and entropies without gradient, in fp32."""
+    logits = logits.float()
+    log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     with torch.no_grad():
-        entropy = compute_entropy(logits.detach())
-    return log_probs, entropy
+        return log_probs, compute_entropy(logits.detach())
 
 
-def shared_prefix_length(input_ids: Tensor, response_mask: Tensor) -> int:
-    """How many leading tokens all rows of (B, T) have in common, none of them in or next to a response.
+@functools.cache
+def _compiled_statistics():
+    """`_statistics` in one pass over the logits, without a copy of them in fp32."""
+    return torch.compile(_statistics, dynamic=True)
 
-    0 where it would not pay: one row, or fewer than 16 tokens.
-    """
-    differs = (input_ids != input_ids[:1]) | response_mask
-    length = int(differs.any(dim=0).int().argmax())  # the first column in which rows differ or a response begins
-    return length if len(input_ids) > 1 and length >= 16 else 0
+
+def as_written(policy: torch.nn.Module):
+    """Context in which a policy runs as it is written: compiling would not pay for what is computed once in a while."""
+    return torch.compiler.set_stance("force_eager") if policy.device.type == "cuda" else nullcontext()
 
 
 def named_weights(policy: torch.nn.Module, dtype: torch.dtype | None = None):

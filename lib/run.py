@@ -111,8 +111,8 @@ def _explain(error: BaseException, config: RunConfig) -> RunError | None:
         )
     if isinstance(error, torch.OutOfMemoryError):
         return RunError(
-            f"{config.train_device} is out of memory; lower microbatch_size={config.microbatch_size} (the results stay "
-            f"the same), or gpu_memory_utilization={config.gpu_memory_utilization} where the engine shares this GPU"
+            f"{config.train_device} is out of memory; lower microbatch_tokens={config.microbatch_tokens} (the results "
+            f"stay the same), or gpu_memory_utilization={config.gpu_memory_utilization} where the engine shares it"
         )
     return None
 
@@ -211,8 +211,7 @@ def start(run: Run) -> str:
     torch.manual_seed(config.seed)
     with run.recorded("setup"):
         with captured(run.log_file):
-            largest = min(config.microbatch_size, config.batch_size), run.sizes["longest_example"]
-            run.policy = load_policy(config.model, config.train_device, config.trust_remote_code, largest)
+            run.policy = load_policy(config.model, config.train_device, config.trust_remote_code)
         run.optimizer, run.scheduler = make_optimizer(run.policy, config, len(run.batches))
         checkpoint.remove_partial(config.run_dir)
         if found is not None:
@@ -256,8 +255,8 @@ def train(run: Run) -> Iterator[dict]:
         yield tracker.metrics[-1]
     data = hash_batches(run.batches)
     cost, last = 0.0, time.perf_counter()
-    pad, n = run.tokenizer.pad_token_id, run.sizes["selected"]
-    for metrics in train_steps(run.policy, run.optimizer, run.scheduler, run.batches, config, pad, n, done):
+    models, n = (run.policy, run.optimizer, run.scheduler), run.sizes["selected"]
+    for metrics in train_steps(*models, run.batches, config, n, done):
         tracker.log_train(metrics)
         step = metrics["train_step"]
         if config.checkpoint_interval is None:
@@ -270,7 +269,6 @@ def train(run: Run) -> Iterator[dict]:
         if due:
             elapsed = time.time() - tracker.started
             state = {"train_step": step, "seconds": run.seconds, "elapsed": elapsed, "data": data}
-            models = run.policy, run.optimizer, run.scheduler
             try:
                 cost = checkpoint.save(config.run_dir, step, *models, config.train_device, state)
             except OSError as error:

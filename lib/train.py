@@ -8,7 +8,7 @@ import torch
 
 from lib.batching import Sequence, make_microbatches
 from lib.config import RunConfig
-from lib.policy import autocast, response_log_probs
+from lib.policy import backward
 
 
 class TrainingError(RuntimeError):
@@ -40,7 +40,6 @@ def train_steps(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     batches: list[list[Sequence]],
     config: RunConfig,
-    pad_token_id: int,
     n_examples: int,
     done: int = 0,
 ) -> Iterator[dict]:
@@ -58,7 +57,7 @@ def train_steps(
         started = time.perf_counter()
         response_tokens = sum(s.response_length for s in batch)
         try:
-            loss, gradient_norm, entropy = _backward(policy, batch, response_tokens, config, pad_token_id)
+            loss, gradient_norm, entropy = _backward(policy, batch, response_tokens, config)
             if not math.isfinite(loss) or not math.isfinite(gradient_norm):
                 raise TrainingError(
                     f"step {step}: loss {loss}, gradient norm {gradient_norm}; stopped before the update. "
@@ -68,8 +67,9 @@ def train_steps(
             optimizer.step()
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"step {step}: {config.train_device} is out of memory; lower microbatch_size={config.microbatch_size} "
-                "(the results stay the same), or gpu_memory_utilization where the engine shares this GPU"
+                f"step {step}: {config.train_device} is out of memory; lower "
+                f"microbatch_tokens={config.microbatch_tokens} (the results stay the same), or gpu_memory_utilization "
+                "where the engine shares this GPU"
             ) from error
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
@@ -92,25 +92,15 @@ def train_steps(
         }
 
 
-def _backward(
-    policy: torch.nn.Module, batch: list[Sequence], response_tokens: int, config: RunConfig, pad_token_id: int
-) -> list[float]:
+def _backward(policy: torch.nn.Module, batch: list[Sequence], response_tokens: int, config: RunConfig) -> list[float]:
     """Gradients of one optimizer batch, clipped; returns loss, gradient norm (before clipping) and token entropy."""
     device = config.train_device
-    loss = torch.zeros((), device=device)
-    entropy = torch.zeros((), device=device)
-    for microbatch in make_microbatches(batch, config.microbatch_size, pad_token_id):
-        microbatch = microbatch.to(device)
-        with autocast(device, config.precision):
-            log_probs, token_entropy = response_log_probs(
-                policy, microbatch.input_ids, microbatch.labels, microbatch.response_mask
-            )
-        microbatch_loss = -log_probs.sum() / response_tokens
-        microbatch_loss.backward()
-        loss += microbatch_loss.detach()
-        entropy += token_entropy.sum() / response_tokens
-    gradient_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.gradient_clip)
-    return torch.stack([loss, gradient_norm, entropy]).tolist()  # the one wait for the device
+    sums = torch.zeros(2, device=device)  # loss, entropies
+    for microbatch in make_microbatches(batch, config.microbatch_tokens):
+        sums += torch.stack(backward(policy, microbatch.to(device), response_tokens, config.precision))
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.gradient_clip)
+    loss, gradient_norm, entropies = torch.stack([sums[0], norm, sums[1]]).tolist()  # the one wait for the device
+    return [loss, gradient_norm, entropies / response_tokens]
 
 
 def evaluation_steps(total_steps: int, eval_interval: int | None) -> set[int]:

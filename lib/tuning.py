@@ -40,8 +40,7 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
         return
     quiet_libraries(log_file)
     with captured(log_file):
-        largest = config.microbatch_size, runs[left[0]].sizes["longest_example"]
-        policy = load_policy(config.model, config.train_device, config.trust_remote_code, largest)
+        policy = load_policy(config.model, config.train_device, config.trust_remote_code)
     base = copy.deepcopy(policy.state_dict())
     engine = start_engine(runs[left[0]], log_file)
     try:
@@ -59,8 +58,7 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
 def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> dict:
     config, started = run.config, time.perf_counter()
     optimizer, scheduler = make_optimizer(policy, config, len(run.batches))
-    pad, n = run.tokenizer.pad_token_id, run.sizes["selected"]
-    metrics = list(train_steps(policy, optimizer, scheduler, run.batches, config, pad, n))
+    metrics = list(train_steps(policy, optimizer, scheduler, run.batches, config, run.sizes["selected"]))
     engines.load_policy_into_vllm_instance(policy, engine)
     engines.prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
     chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]

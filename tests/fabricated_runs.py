@@ -103,7 +103,7 @@ def config(size, seed, selected, steps, problems, subset, epochs, changed):
         "data_dir": "lib/mini/data",
         "learning_rate": 4e-4,
         "batch_size": BATCH_SIZE,
-        "microbatch_size": 16,
+        "microbatch_tokens": 16384,
         "epochs": epochs,
         "max_steps": None,
         "seed": seed,

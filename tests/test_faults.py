@@ -426,7 +426,7 @@ def test_gpu_out_of_memory(folder, report):
     run_dir = folder / "out-of-memory"
     run = start(run_dir, OUT_OF_MEMORY)
     assert run.wait() != 0
-    assert "out of memory; lower microbatch_size=8" in run.said()
+    assert "out of memory; lower microbatch_tokens=4096" in run.said()
     report("GPU out of memory", run.said(), "nothing", go_on(run_dir, folder))
 
 

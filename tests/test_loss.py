@@ -4,14 +4,17 @@ import math
 
 import pytest
 import torch
+from conftest import mini_rows
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from lib import attention
 from lib import loss as losses
-from lib.batching import collate, encode, make_batches, make_microbatches, number_of_steps
+from lib import policy as policy_module
+from lib.batching import Sequence, encode, make_batches, make_microbatches, number_of_steps, pack, shared_prefix_length
 from lib.config import UserError, resolve
-from lib.data import load_examples
-from lib.policy import load_policy, load_tokenizer, named_weights, response_log_probs, shared_prefix_length
+from lib.data import Example, load_examples
+from lib.policy import backward, load_policy, load_tokenizer, named_weights, response_log_probs
 from lib.train import TrainingError, evaluation_steps, make_optimizer, train_steps
 
 PROMPTS, OUTPUTS = ["What is 2 + 3?", "Compute 12."], [" 5", " 12 = 3 \\cdot 4 </answer>"]
@@ -74,46 +77,78 @@ def test_microbatch_step_equals_cross_entropy_in_loss_and_gradient(model, tokeni
     torch.testing.assert_close(result["token_entropy"], entropy, rtol=1e-4, atol=1e-5)
 
 
-def test_response_only_logits_equal_the_reference(model, tokenizer):
-    batch = losses.tokenize_prompt_and_output(PROMPTS, OUTPUTS, tokenizer)
-    reference = losses.get_response_log_probs(model, batch["input_ids"], batch["labels"], return_token_entropy=True)
-    log_probs, entropy = response_log_probs(model, **batch)
-    torch.testing.assert_close(log_probs, reference["log_probs"][batch["response_mask"]], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(entropy, reference["token_entropy"][batch["response_mask"]], rtol=1e-4, atol=1e-5)
+def padded(sequences, pad_token_id):
+    """The course's way: rows padded to the longest, and a mask."""
+    ids = [torch.tensor(s.token_ids) for s in sequences]
+    masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in sequences]
+    return losses.pad_and_shift(ids, masks, pad_token_id)
 
 
-def test_a_shared_preamble_is_computed_once_with_the_same_gradients(model, tokenizer, data_dir):
-    """The rows' gradients must add up in the prefix that they share, and none may end in its padding."""
-    batch = collate(encode(load_examples(data_dir)[0][:5], tokenizer, 512), tokenizer.pad_token_id)
-    shared = shared_prefix_length(batch.input_ids, batch.response_mask)
-    assert 90 < shared < int(batch.response_mask.int().argmax(dim=1).min())
-    log_probs, entropy = response_log_probs(model, batch.input_ids, batch.labels, batch.response_mask)
-    weights = torch.arange(len(log_probs)) / len(log_probs)  # every token with a weight of its own
+@pytest.fixture(scope="module")
+def sequences(tokenizer):
+    """Ten traces of uneven lengths whose prompts begin with the same tokens."""
+    rows = mini_rows("sft.jsonl", 10)
+    examples = [Example(f"sft/{i}", row["prompt"], row["response"], None, "") for i, row in enumerate(rows)]
+    return encode(examples, tokenizer, 512)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("plain", [True, False])
+def test_packed_sequences_equal_the_reference(tiny_model, tokenizer, sequences, share_prefix, plain, monkeypatch):
+    """Log-probs, entropies and gradients, every token with a weight of its own: none may see another sequence, lose
+    a gradient in the prefix that all share, or stand at another position."""
+    monkeypatch.setattr(attention, "PLAIN_ATTENTION", 1 << 30 if plain else 0)
+    prefix = shared_prefix_length(sequences) if share_prefix else 0
+    assert prefix > 90 or not share_prefix
+    policy = load_policy(str(tiny_model), "cpu")
+    log_probs, entropy = response_log_probs(policy, pack(sequences, prefix))
+    weights = torch.arange(len(log_probs)) / len(log_probs)
     (log_probs * weights).sum().backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    reference = losses.get_response_log_probs(model, batch.input_ids, batch.labels, return_token_entropy=True)
-    expected = reference["log_probs"][batch.response_mask]
+
+    reference = load_reference(tiny_model)
+    batch = padded(sequences, tokenizer.pad_token_id)
+    result = losses.get_response_log_probs(reference, batch["input_ids"], batch["labels"], return_token_entropy=True)
+    expected = result["log_probs"][batch["response_mask"]]
     (expected * weights).sum().backward()
     torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(entropy, reference["token_entropy"][batch.response_mask], rtol=1e-4, atol=1e-4)
-    for ours, p in zip(gradients, model.parameters(), strict=True):
-        torch.testing.assert_close(ours, p.grad, rtol=1e-3, atol=1e-4 * p.grad.abs().max().item())
+    torch.testing.assert_close(entropy, result["token_entropy"][batch["response_mask"]], rtol=1e-4, atol=1e-4)
+    assert_same_gradients(policy, reference)
 
 
-def test_rows_without_a_common_preamble_share_nothing():
-    ids = torch.arange(40).repeat(3, 1)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[:, 30:] = True
-    assert shared_prefix_length(ids, mask) == 30  # up to the first response label
-    assert shared_prefix_length(ids[:1], mask[:1]) == 0  # one row has nothing to share with
-    ids[1, 10] = 99
-    assert shared_prefix_length(ids, mask) == 0  # too short to pay
+def load_reference(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def assert_same_gradients(policy, reference):
+    expected = dict(reference.named_parameters())
+    for name, ours in policy.named_parameters():
+        largest = expected[name].grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, expected[name].grad, rtol=1e-3, atol=1e-4 * largest)
+
+
+def test_logits_made_part_by_part_have_the_same_gradients(tiny_model, tokenizer, sequences, monkeypatch):
+    vocabulary = len(tokenizer)
+    monkeypatch.setattr(policy_module, "LOGITS_AT_ONCE", 7 * vocabulary)  # seven tokens at a time
+    policy, reference = load_policy(str(tiny_model), "cpu"), load_reference(tiny_model)
+    for microbatch in make_microbatches(sequences, 600):
+        backward(policy, microbatch, 50.0, "fp32")
+    batch = padded(sequences, tokenizer.pad_token_id)
+    result = losses.get_response_log_probs(reference, batch["input_ids"], batch["labels"])
+    (-losses.masked_normalize(result["log_probs"], batch["response_mask"], 50.0)).backward()
+    assert_same_gradients(policy, reference)
+
+
+def test_prompts_without_a_common_beginning_share_nothing(sequences):
+    same = Sequence("a", list(range(40)), 30)
+    assert shared_prefix_length([same, same]) == 29  # the last prompt token predicts the first of the response
+    assert shared_prefix_length([same]) == 0  # one sequence has nothing to share with
+    other = Sequence("b", [*range(10), 99, *range(11, 40)], 30)
+    assert shared_prefix_length([same, other]) == 0  # too short to pay
 
 
 @pytest.fixture
 def config(parameters):
-    settings = {"precision": "fp32", "learning_rate": 1e-3, "epochs": 2, "batch_size": 6, "microbatch_size": 4}
+    settings = {"precision": "fp32", "learning_rate": 1e-3, "epochs": 2, "batch_size": 6, "microbatch_tokens": 500}
     return resolve(parameters | settings)
 
 
@@ -123,7 +158,7 @@ def train(config, data_dir, model_folder, n=10):
     batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
     policy = load_policy(str(model_folder), "cpu")
     optimizer, scheduler = make_optimizer(policy, config, len(batches))
-    return policy, batches, list(train_steps(policy, optimizer, scheduler, batches, config, tokenizer.pad_token_id, n))
+    return policy, batches, list(train_steps(policy, optimizer, scheduler, batches, config, n))
 
 
 def test_a_step_equals_the_course_functions(config, data_dir, tiny_model):
@@ -132,24 +167,24 @@ def test_a_step_equals_the_course_functions(config, data_dir, tiny_model):
     Guards against a mean of microbatch means: the loss is normalized over all response tokens of the batch.
     """
     _, batches, metrics = train(config, data_dir, tiny_model)
-    tokenizer, model = load_tokenizer(str(tiny_model)), load_policy(str(tiny_model), "cpu")
-    batch = collate(batches[0], tokenizer.pad_token_id)
-    result = losses.get_response_log_probs(model, batch.input_ids, batch.labels, return_token_entropy=True)
-    tokens = batch.response_mask.sum()
+    tokenizer, model = load_tokenizer(str(tiny_model)), load_reference(tiny_model)
+    batch = padded(batches[0], tokenizer.pad_token_id)
+    result = losses.get_response_log_probs(model, batch["input_ids"], batch["labels"], return_token_entropy=True)
+    tokens = batch["response_mask"].sum()
     loss, _ = losses.sft_microbatch_train_step(
-        result["log_probs"], batch.response_mask, 1, normalize_constant=tokens / len(batches[0])
+        result["log_probs"], batch["response_mask"], 1, normalize_constant=tokens / len(batches[0])
     )
     norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
     assert metrics[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-    entropy = losses.masked_normalize(result["token_entropy"], batch.response_mask, tokens)
+    entropy = losses.masked_normalize(result["token_entropy"], batch["response_mask"], tokens)
     assert metrics[0]["token_entropy"] == pytest.approx(entropy.item(), rel=1e-4)
     assert metrics[0]["response_tokens"] == tokens
 
 
 def test_the_cut_into_microbatches_changes_nothing(config, data_dir, tiny_model, parameters):
-    whole = resolve(parameters | {**config.to_dict(), "microbatch_size": 6})
-    single = resolve(parameters | {**config.to_dict(), "microbatch_size": 1})
+    whole = resolve(parameters | {**config.to_dict(), "microbatch_tokens": 10_000})
+    single = resolve(parameters | {**config.to_dict(), "microbatch_tokens": 1})
     curves = [[m["loss"] for m in train(c, data_dir, tiny_model)[2]] for c in (config, whole, single)]
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)
@@ -178,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config, data_dir, tin
         policy.model.norm.weight[0] = float("nan")
     before = [p.clone() for p in policy.parameters()]
     with pytest.raises(TrainingError, match=r"step 1: loss nan.*sft/\d+"):
-        list(train_steps(policy, *make_optimizer(policy, config, 1), [sequences], config, tokenizer.pad_token_id, 6))
+        list(train_steps(policy, *make_optimizer(policy, config, 1), [sequences], config, 6))
     for old, new in zip(before, policy.parameters(), strict=True):
         torch.testing.assert_close(old, new, equal_nan=True)
 
@@ -193,11 +228,19 @@ def test_batches_cover_every_example_once_an_epoch(config, data_dir, tokenizer):
     assert sum(len(b) for b in make_batches(sequences, 4, 0.5, None, 0)) == 5
 
 
-def test_microbatches_hold_the_batch(data_dir, tokenizer):
-    sequences = encode(load_examples(data_dir)[0][:10], tokenizer, 512)
-    microbatches = make_microbatches(sequences, 3, tokenizer.pad_token_id)
-    assert [len(m.input_ids) for m in microbatches] == [3, 3, 3, 1]
-    assert sum(int(m.response_mask.sum()) for m in microbatches) == sum(s.response_length for s in sequences)
+def test_microbatches_hold_the_batch_within_their_budget(sequences):
+    microbatches = make_microbatches(sequences, 600)
+    lengths = [int(m.packing.query_starts[-1]) for m in microbatches]
+    responses = sum(s.response_length for s in sequences)
+    assert len(microbatches) > 2 and sum(len(m.labels) for m in microbatches) == responses
+    prefix = microbatches[0].packing.preamble
+    assert sum(length - prefix for length in lengths) == sum(len(s.token_ids) - 1 - prefix for s in sequences)
+    packed = [len(m.packing.query_starts) - 2 for m in microbatches]  # sequences: segments without the preamble
+    assert sum(packed) == 10
+    whole = [length + (n - 1) * prefix + n for length, n in zip(lengths, packed, strict=True)]  # tokens of the examples
+    assert max(whole) <= 600 and min(whole) > 300  # of about equal size
+    assert len(make_microbatches(sequences, 1)) == 10  # a sequence longer than the budget stands alone
+    assert len(make_microbatches(sequences, 10_000)) == 1
 
 
 def test_the_end_of_sequence_is_learned_once(data_dir, tokenizer):
@@ -208,8 +251,7 @@ def test_the_end_of_sequence_is_learned_once(data_dir, tokenizer):
         [type(example)(**{**vars(example), "response": example.response + tokenizer.eos_token})], tokenizer, 512
     )
     assert plain.token_ids == marked.token_ids and plain.token_ids.count(eos) == 1 and plain.token_ids[-1] == eos
-    mask = collate([plain], eos).response_mask[0]
-    assert mask[-1] and int(mask.sum()) == plain.response_length
+    assert pack([plain]).labels.tolist() == plain.token_ids[plain.prompt_length :]
 
 
 def test_too_long_examples_are_an_error_not_cut(data_dir, tokenizer):

@@ -136,7 +136,7 @@ def test_a_run_with_other_settings_is_not_continued_and_loses_nothing(settings, 
 
 def test_what_changes_no_result_may_change_on_the_way(settings):
     run_until(settings, steps=4)
-    _, said = run_until(settings, microbatch_size=2, checkpoint_interval=1, gpu_memory_utilization=0.3)
+    _, said = run_until(settings, microbatch_tokens=300, checkpoint_interval=1, gpu_memory_utilization=0.3)
     assert said.startswith("Resumed after step 3")
 
 

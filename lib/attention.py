@@ -1,0 +1,138 @@
+"""Attention over packed sequences: no padding, and the preamble that all prompts begin with is computed once.
+
+A packed microbatch is one row of S tokens, [preamble][rest of sequence 1][rest of sequence 2] ..., in which each
+sequence sees the preamble and its own past. Registered with transformers as the attention "packed".
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NAME = "packed"
+PLAIN_ATTENTION = 1 << 18  # elements of a sequence's scores, heads included, up to which plain matrix products serve
+
+
+class Packing(NamedTuple):
+    """Where the segments of a packed microbatch lie: the preamble, if there is one, then a sequence each.
+
+    `query_starts`, `key_starts`: (segments + 1,) int32, the borders of segments among queries and keys; a sequence's
+    keys are the preamble's and its own. `key_order`: (keys,), where each of them is found among as many copies of the
+    preamble as there are segments, followed by the sequences' own; None without a preamble, where keys are as queries.
+    """
+
+    preamble: int
+    query_starts: Tensor
+    key_starts: Tensor
+    key_order: Tensor | None
+    longest_query: int
+    longest_key: int
+
+    def to(self, device: str) -> "Packing":
+        return Packing(*(t.to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in self))
+
+
+def make_packing(preamble: int, lengths: list[int]) -> Packing:
+    """The packing of sequences with `lengths` tokens each after the first `preamble` ones, which they share."""
+    if preamble == 0:
+        starts = _borders(lengths)
+        return Packing(0, starts, starts, None, max(lengths), max(lengths))
+    key_lengths = [preamble, *(preamble + length for length in lengths)]
+    order, own = list(range(preamble)), preamble * len(key_lengths)
+    for segment, length in enumerate(lengths, start=1):
+        order += range(segment * preamble, (segment + 1) * preamble)
+        order += range(own, own + length)
+        own += length
+    borders = _borders([preamble, *lengths]), _borders(key_lengths)
+    return Packing(preamble, *borders, torch.tensor(order), max(preamble, *lengths), max(key_lengths))
+
+
+def _borders(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    packing: Packing | None = None,
+    **others,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each sequence of a packed row: query (1, H, S, D), key and value (1, K, S, D).
+
+    Returns (1, S, H, D). Without a `packing` the rows are ordinary ones, each a sequence of its own.
+    """
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings may have raised them to fp32
+    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
+        return _attend_at_once(*(t[0].transpose(0, 1) for t in (query, key, value)), packing, scaling)[None], None
+    return _attend_in_turn(query[0], key[0], value[0], packing, scaling).transpose(0, 1)[None], None
+
+
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
+    """FlashAttention's kernel for uneven sequences: query (S, H, D), key and value (S, K, D) -> (S, H, D)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if packing.key_order is not None:
+        key, value = _spread(key, packing), _spread(value, packing)
+    return varlen_attn(
+        query,
+        key,
+        value,
+        packing.query_starts,
+        packing.key_starts,
+        packing.longest_query,
+        packing.longest_key,
+        scale=scaling,
+        window_size=(-1, 0),  # causal: the last query of a sequence sees its last key
+        enable_gqa=True,
+    )
+
+
+def _spread(tensor: Tensor, packing: Packing) -> Tensor:
+    """Keys or values (S, K, D) with the preamble before each sequence's own: (keys, K, D).
+
+    Copies of the preamble by `expand`, whose gradient is one sum: adding up gradients in place would round each time.
+    """
+    preamble, own = tensor[: packing.preamble], tensor[packing.preamble :]
+    copies = preamble.expand(packing.key_starts.shape[0] - 1, *preamble.shape).flatten(0, 1)
+    return torch.cat([copies, own]).index_select(0, packing.key_order)
+
+
+def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
+    """One sequence after the other, anywhere: query (H, S, D), key and value (K, S, D) -> (H, S, D)."""
+    lengths = packing.query_starts.diff().tolist()
+    queries, keys, values = (t.split(lengths, dim=1) for t in (query, key, value))
+    outputs = []
+    for segment, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        if packing.preamble and segment > 0:
+            k, v = torch.cat([keys[0], k], dim=1), torch.cat([values[0], v], dim=1)
+        outputs.append(_attend(q, k, v, scaling))
+    return torch.cat(outputs, dim=1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of the last T of U positions: query (H, T, D), key and value (K, U, D) -> (H, T, D).
+
+    Plain products for short sequences: the backward pass of torch's fused CPU kernel is slow for them.
+    """
+    (heads, new, _), (groups, total, _) = query.shape, key.shape
+    visible = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
+    if heads * new * total > PLAIN_ATTENTION:
+        return scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=visible, scale=scaling, enable_gqa=True
+        )[0]
+    query = query.unflatten(0, (groups, heads // groups))  # (K, H / K, T, D)
+    scores = (query @ key[:, None].transpose(-1, -2)) * scaling
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value[:, None]).flatten(0, 1)
+
+
+AttentionInterface.register(NAME, packed_attention)
