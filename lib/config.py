@@ -187,7 +187,8 @@ def _check_values(values: dict) -> None:
     if n != "all" and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise UserError(f"n={n!r}: must be a positive integer or 'all'")
     _check_type(values, bool, "filtered", "trust_remote_code", "overwrite", "resume", "keep_checkpoint", "keep_model")
-    _check_type(values, bool, "eval_beside_training")
+    if values["eval_beside_training"] is not None:
+        _check_type(values, bool, "eval_beside_training")
     _check_type(values, str, "model", "data_dir", "wandb_project")
     _check_range(values, int, 0, None, "seed", "log_generations")
     _check_range(values, int, 1, None, "batch_size", "microbatch_tokens", "max_length", "n_val", "max_new_tokens")
@@ -235,7 +236,10 @@ def _check_range(values: dict, kind: type, low, high, *names: str, above: bool =
 
 
 def _choose_devices(values: dict) -> None:
-    """Resolve None: training on the first GPU and the engine on the second, or both on one, or both on the CPU."""
+    """Resolve None: training on the first GPU and the engine on the second, or both on one, or both on the CPU.
+
+    An engine with a device of its own answers beside training.
+    """
     gpus = _count_gpus()
     train, evaluate = values["train_device"], values["eval_device"]
     train = train or ("cuda:0" if gpus else "cpu")
@@ -250,6 +254,8 @@ def _choose_devices(values: dict) -> None:
         raise UserError(f"train_device={train!r} and eval_device={evaluate!r}: both on the CPU, or both on GPUs")
     values["train_device"] = "cuda:0" if train == "cuda" else train
     values["eval_device"] = "cuda:0" if evaluate == "cuda" else evaluate
+    if values["eval_beside_training"] is None:
+        values["eval_beside_training"] = values["train_device"] != values["eval_device"]
     if importlib.util.find_spec("vllm") is None:
         raise UserError("eval_device: vLLM is not installed in this environment; `make run` sets it up (see README)")
 

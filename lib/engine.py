@@ -31,6 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Mean absolute difference of log-probabilities (nats) that counts as the same weights: four times what the engine's
 # first proof showed, within these bounds. Rounding alone makes 0.001 to 0.05 in bf16, by model, and 0.00001 in fp32.
 SYNC_TOLERANCE = {"bf16": (0.03, 0.1), "fp32": (0.001, 0.001)}
+MOST_AT_ONCE = 1024  # responses that an engine on a GPU generates at a time
 SECONDS_TO_REPORT = 10.0  # that an engine whose process ended, or that is shut down, has to say so itself
 
 
@@ -135,6 +136,16 @@ def init_vllm(
     return Engine(llm, device, train_device, precision, log_file, seed, seconds, timeout, processes)
 
 
+def init_vllm_in_background(*arguments, log_file: Path, **settings) -> Future:
+    """Start an engine on a GPU while the caller goes on: a Future of what `init_vllm` returns or raises.
+
+    vLLM is imported before this returns: imports in two threads can meet each other's half-initialized modules.
+    """
+    with captured(log_file):
+        from vllm import LLM  # noqa: F401
+    return in_background(partial(init_vllm, *arguments, log_file=log_file, **settings))[0]
+
+
 def _prepare_cpu() -> dict:
     """Settings of an engine inside this process: nothing compiled, no thread bound, 1 GiB of key/value cache."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -151,10 +162,18 @@ def _prepare_gpu(device: str, train_device: str, gpu_memory_utilization: float) 
     if one_gpu:
         # CUDA IPC handles travel to the engine's process, a child of this one, as pickles.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a fork of a process with threads may hang
     return {
         "device_ids": [int(device.split(":")[1])],
         "gpu_memory_utilization": gpu_memory_utilization,
-        "max_num_seqs": 1024,
+        "max_num_seqs": MOST_AT_ONCE,
+        # Decoding steps of a few sizes are recorded (CUDA graphs), nothing is compiled: an engine of some minutes
+        # would not win that time back.
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [*(2**i for i in range(9)), *range(384, MOST_AT_ONCE + 1, 128)],
+        },
         "weight_transfer_config": WeightTransferConfig(backend="ipc" if one_gpu else "nccl"),
     }
 

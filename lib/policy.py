@@ -53,7 +53,7 @@ def response_log_probs(policy: torch.nn.Module, microbatch: Microbatch) -> tuple
     Equals `lib.loss.get_response_log_probs` where its mask is 1, gradients included, with less work: no padding, and
     the vocabulary projection for response positions alone.
     """
-    return _predict(policy, _response_states(policy, microbatch), microbatch.labels)
+    return _predict(policy, _last_states(policy, microbatch)[microbatch.response_positions], microbatch.labels)
 
 
 def backward(
@@ -65,28 +65,26 @@ def backward(
     tensors of all at a vocabulary of 150,000: they are made, differentiated and dropped part by part, and the decoder's
     backward pass starts from the gradients of its last states.
     """
-    device = microbatch.labels.device.type
+    device, positions = str(microbatch.labels.device), microbatch.response_positions
     with autocast(device, precision):
-        states = _response_states(policy, microbatch)  # (R, D)
-    leaf = states.detach().requires_grad_()
-    loss, entropy = torch.zeros(2, device=states.device).unbind()
+        states = _last_states(policy, microbatch)  # (S, D)
+    predicting = states.detach()[positions].requires_grad_()  # (R, D)
+    loss, entropy = torch.zeros(2, device=device).unbind()
     rows = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
-    for part, labels in zip(leaf.split(rows), microbatch.labels.split(rows), strict=True):
+    for part, labels in zip(predicting.split(rows), microbatch.labels.split(rows), strict=True):
         with autocast(device, precision):
             log_probs, entropies = _predict(policy, part, labels)
         part_loss = -log_probs.sum() / normalize_constant
         part_loss.backward()
         loss, entropy = loss + part_loss.detach(), entropy + entropies.sum()
-    states.backward(leaf.grad)
+    states.backward(torch.zeros_like(states).index_copy_(0, positions, predicting.grad))
     return loss, entropy
 
 
-def _response_states(policy: torch.nn.Module, microbatch: Microbatch) -> Tensor:
-    """The decoder's last states (R, D) where a response token comes next."""
-    decoder = policy.get_decoder()
+def _last_states(policy: torch.nn.Module, microbatch: Microbatch) -> Tensor:
+    """The decoder's last states of a packed row: (S, D)."""
     row = {"input_ids": microbatch.input_ids, "position_ids": microbatch.position_ids, "packing": microbatch.packing}
-    states = decoder(**row, use_cache=False).last_hidden_state[0]  # (S, D)
-    return states.index_select(0, microbatch.response_positions)
+    return policy.get_decoder()(**row, use_cache=False).last_hidden_state[0]
 
 
 def _predict(policy: torch.nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -63,6 +64,7 @@ class Run:
     policy: torch.nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    starting: Future | None = None  # of an engine that starts while the policy is loaded
     engine: engines.Engine | None = None
     seconds: dict = field(default_factory=dict)
     pending: "Pending | None" = None  # the evaluation that goes on beside training
@@ -119,6 +121,9 @@ def _explain(error: BaseException, config: RunConfig) -> RunError | None:
 
 def _end(run: Run, error: BaseException) -> None:
     """Shut down what the run started, note the error in its folder, and give the folder back."""
+    if run.engine is None and run.starting is not None:
+        with contextlib.suppress(engines.EngineError):
+            run.engine = run.starting.result()
     if run.engine is not None:
         engines.shutdown(run.engine)
     stop_workers()
@@ -210,6 +215,8 @@ def start(run: Run) -> str:
         raise
     torch.manual_seed(config.seed)
     with run.recorded("setup"):
+        if config.eval_device != config.train_device:
+            run.starting = start_engine(run, run.log_file, engines.init_vllm_in_background)
         with captured(run.log_file):
             run.policy = load_policy(config.model, config.train_device, config.trust_remote_code)
         run.optimizer, run.scheduler = make_optimizer(run.policy, config, len(run.batches))
@@ -219,16 +226,16 @@ def start(run: Run) -> str:
         elif config.checkpoint_interval:
             checkpoint.check_space(config.run_dir, run.policy)
     with run.recorded("engine_start"):
-        run.engine = start_engine(run, run.log_file)
+        run.engine = run.starting.result() if run.starting else start_engine(run, run.log_file)
     if found is None:
         return "A new run."
     return f"Resumed after step {len(past.metrics)} of {len(run.batches)}, where a stopped run had its last checkpoint."
 
 
-def start_engine(run: Run, log_file: Path) -> engines.Engine:
-    """An engine for the run's model and devices, with room for its longest prompt and response."""
+def start_engine(run: Run, log_file: Path, init=engines.init_vllm):
+    """What `init` makes of the run's model and devices, with room for its longest prompt and response: an engine."""
     config = run.config
-    return engines.init_vllm(
+    return init(
         config.model,
         config.eval_device,
         config.train_device,
@@ -387,12 +394,28 @@ def evaluate_base(run: Run) -> tuple[list[dict], str]:
         return lines, f"Reused from {shorten_path(str(folder))}, measured by run {read_measured_by(folder)}."
     with run.recorded("base_evaluation"):
         lines = evaluate_policy(run, BASE)
-    (folder / "evaluations").mkdir(parents=True, exist_ok=True)
+    partial_folder = folder.with_name(f".{folder.name}-{run.config.run_name}")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    (partial_folder / "evaluations").mkdir(parents=True)
     for line in lines:
-        (folder / line["records"]).write_bytes((run.config.run_dir / line["records"]).read_bytes())
-    stored.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    write_json(folder / "settings.json", settings | {"measured_by": run.config.run_name})
+        (partial_folder / line["records"]).write_bytes((run.config.run_dir / line["records"]).read_bytes())
+    rows = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (partial_folder / stored.name).write_text(rows, encoding="utf-8")
+    write_json(partial_folder / "settings.json", settings | {"measured_by": run.config.run_name})
+    _publish_base(partial_folder, folder)
     return lines, f"Measured now, and kept in {shorten_path(str(folder))} for later runs."
+
+
+def _publish_base(partial_folder: Path, folder: Path) -> None:
+    """Give a base its name in one step; where a run beside this one was faster, its base stays: it says the same."""
+    try:
+        partial_folder.rename(folder)
+    except OSError:
+        if (folder / "settings.json").exists():
+            shutil.rmtree(partial_folder)
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # half of one, which nobody reuses
+        partial_folder.rename(folder)
 
 
 def read_measured_by(folder: Path) -> str:

@@ -1,6 +1,8 @@
 """One engine on a GPU, in a process of its own: started, synced, proven, shut down. Prints what it saw as JSON.
 
-python tests/gpu_engine.py MODEL TRAIN_DEVICE EVAL_DEVICE [end: normal | exception | hang | engine-killed]
+python tests/gpu_engine.py MODEL TRAIN_DEVICE EVAL_DEVICE [END [SHARE_OF_MEMORY]]
+
+END: normal, exception, hang, engine-killed; the second and the last wait for a line on standard input.
 """
 
 import json
@@ -32,16 +34,18 @@ def is_refused(policy, engine, prompts) -> bool:
     return False
 
 
-def main(model: str, train_device: str, eval_device: str, end: str = "normal") -> None:
+def main(model: str, train_device: str, eval_device: str, end: str = "normal", share: str = "0.3") -> None:
     torch.manual_seed(0)
     log_file = Path(tempfile.mkdtemp()) / "engine.log"
     tokenizer, policy = load_tokenizer(model), load_policy(model, train_device)
     prompts = [tokenizer(f"Find the sum of {i} and {i + 1}. " * 20)["input_ids"][:200] for i in range(8)]
     engine = engines.init_vllm(
-        model, eval_device, train_device, log_file=log_file, max_model_len=512, gpu_memory_utilization=0.3
+        model, eval_device, train_device, log_file=log_file, max_model_len=512, gpu_memory_utilization=float(share)
     )
     seen = {"start_seconds": engine.start_seconds, "sync_seconds": [], "proofs": []}
     print(json.dumps({"engine": [p.pid for p in psutil.Process().children(recursive=True)]}), flush=True)
+    if end in ("engine-killed", "exception"):
+        sys.stdin.readline()  # until the test says so
     if end == "engine-killed":
         engines.load_policy_into_vllm_instance(policy, engine)
         threading.Timer(1.0, engine.processes[0].kill).start()

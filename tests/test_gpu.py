@@ -11,6 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from conftest import mini_rows
+
+from lib.attention import _attend_at_once, _attend_in_turn, make_packing
+from lib.batching import encode, make_microbatches
+from lib.data import Example
+from lib.policy import backward, load_policy, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "lib" / "mini" / "model")
@@ -19,11 +25,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 1, reason="no NVIDIA GPU on this machine"),
 ]
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
-PLACES = [
-    pytest.param("cuda:0", "cuda:0", id="one-gpu-ipc"),
-    pytest.param("cuda:0", "cuda:1", id="two-gpus-nccl", marks=two_gpus),
-]
+PLACES = [pytest.param("cuda:0", "cuda:0", id="one-gpu-ipc"), pytest.param("cuda:0", "cuda:1", id="two-gpus-nccl")]
+PLACES = PLACES[: torch.cuda.device_count()]  # what this machine has
 
 
 def environment() -> dict:
@@ -38,9 +41,10 @@ def memory_used() -> list[int]:
     return [int(line) for line in subprocess.run(query, capture_output=True, text=True).stdout.split()]
 
 
-def start(train_device: str, eval_device: str, end: str = "normal") -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tests/gpu_engine.py"), MODEL, train_device, eval_device, end]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(train_device: str, eval_device: str, end: str = "normal", share: float = 0.3) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tests/gpu_engine.py"), MODEL, train_device, eval_device, end, str(share)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, env=environment(), **pipes, text=True)
 
 
 def assert_nothing_left(engine_processes: list[int], before: list[int]) -> None:
@@ -54,56 +58,113 @@ def assert_nothing_left(engine_processes: list[int], before: list[int]) -> None:
     raise AssertionError(f"left behind: processes {alive}, MiB {grown}")
 
 
-@pytest.mark.parametrize(("train_device", "eval_device"), PLACES)
-def test_weights_arrive_and_nothing_is_left(train_device, eval_device):
+def test_weights_arrive_and_nothing_is_left():
+    """One engine for each way of the weights, side by side: four syncs proven, weights not sent and stale key/value
+    blocks refused."""
     before = memory_used()
-    process = start(train_device, eval_device)
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors[-4000:]
-    first, last = (json.loads(line) for line in output.splitlines())
-    print(last)
-    assert len(last["proofs"]) == 4 and all(p["mean_abs_difference"] <= p["tolerance"] for p in last["proofs"])
-    assert last["unsent_weights_refused"] and last["stale_cache_refused"]
-    assert not [p for p in last["children_left"] if "resource_tracker" not in p]
-    assert_nothing_left(first["engine"], before)
-
-
-def test_an_engine_that_is_killed_is_noticed():
-    before = memory_used()
-    process = start("cuda:0", f"cuda:{min(1, torch.cuda.device_count() - 1)}", "engine-killed")
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode != 0 and "EngineError: the engine" in errors, errors[-4000:]
-    assert_nothing_left(json.loads(output.splitlines()[0])["engine"], before)
-
-
-@pytest.mark.parametrize("end", ["exception", "interrupt", "kill"])
-def test_nothing_is_left_after_a_bad_end(end):
-    before = memory_used()
-    process = start(
-        "cuda:0", f"cuda:{min(1, torch.cuda.device_count() - 1)}", "exception" if end == "exception" else "hang"
-    )
-    engine_processes = json.loads(process.stdout.readline())["engine"]
-    assert engine_processes
-    if end != "exception":
-        process.send_signal(signal.SIGINT if end == "interrupt" else signal.SIGKILL)
-    assert process.wait(timeout=60) != 0
+    processes = {place.id: start(*place.values) for place in PLACES}
+    engine_processes = []
+    for name, process in processes.items():
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, f"{name}: {errors[-4000:]}"
+        first, last = (json.loads(line) for line in output.splitlines())
+        print(f"\n{name}: {last}")
+        assert len(last["proofs"]) == 4 and all(p["mean_abs_difference"] <= p["tolerance"] for p in last["proofs"])
+        assert last["unsent_weights_refused"] and last["stale_cache_refused"]
+        assert not [p for p in last["children_left"] if "resource_tracker" not in p]
+        engine_processes += first["engine"]
     assert_nothing_left(engine_processes, before)
 
 
-@pytest.mark.parametrize(("train_device", "eval_device"), PLACES)
-def test_the_notebook_runs_end_to_end(train_device, eval_device, tmp_path):
+def test_nothing_is_left_after_a_bad_end():
+    """An exception, an interrupt, a killed notebook and a killed engine, of four engines that live side by side."""
+    before, gpus = memory_used(), torch.cuda.device_count()
+    ends = {"exception": "exception", "interrupt": "hang", "kill": "hang", "engine-killed": "engine-killed"}
+    processes, engine_processes = {}, []
+    for first in range(0, len(ends), gpus):  # one on each GPU: engines that start on one would count each other
+        names = list(ends)[first : first + gpus]
+        for gpu, name in enumerate(names):
+            processes[name] = start("cuda:0", f"cuda:{gpu}", ends[name], share=0.1)
+        for name in names:
+            line = processes[name].stdout.readline()
+            assert line, f"{name}: {processes[name].stderr.read()[-4000:]}"
+            engine_processes += json.loads(line)["engine"]
+    for name in ("exception", "engine-killed"):
+        processes[name].stdin.write("go on\n")
+        processes[name].stdin.flush()
+    assert len(engine_processes) >= len(ends)
+    processes["interrupt"].send_signal(signal.SIGINT)
+    processes["kill"].send_signal(signal.SIGKILL)
+    errors = {name: process.communicate(timeout=120)[1] for name, process in processes.items()}
+    assert all(process.returncode != 0 for process in processes.values())
+    assert "RuntimeError: planted" in errors["exception"] and "KeyboardInterrupt" in errors["interrupt"]
+    assert "EngineError: the engine" in errors["engine-killed"], errors["engine-killed"][-4000:]
+    assert_nothing_left(engine_processes, before)
+
+
+def test_the_notebook_runs_end_to_end(tmp_path):
+    """On one GPU and on two, side by side."""
     before = memory_used()
-    parameters = {"profile": "mini", "n": 64, "n_val": 64, "n_val_final": 128, "max_new_tokens": 64, "epochs": 2}
-    parameters |= {"train_device": train_device, "eval_device": eval_device, "gpu_memory_utilization": 0.3}
-    parameters |= {"runs_dir": str(tmp_path), "run_name": "toy", "wandb_mode": "disabled"}
-    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks/train.ipynb"), str(tmp_path / "toy.ipynb")]
-    for name, value in parameters.items():
-        command += ["-p", name, str(value)]
-    result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr[-4000:]
-    summary = json.loads((tmp_path / "toy/summary.json").read_text())
-    assert summary["status"] == "finished"
-    evaluations = [json.loads(line) for line in (tmp_path / "toy/evaluations.jsonl").read_text().splitlines()]
-    assert all(e["sync_proof"]["mean_abs_difference"] <= e["sync_proof"]["tolerance"] for e in evaluations)
-    print(summary["seconds"])
+    shared = {"profile": "mini", "n": 64, "n_val": 64, "n_val_final": 128, "max_new_tokens": 64, "epochs": 2}
+    shared |= {"gpu_memory_utilization": 0.3, "runs_dir": str(tmp_path), "wandb_mode": "disabled"}
+    processes = {}
+    for place in PLACES:
+        train_device, eval_device = place.values
+        own = {"train_device": train_device, "eval_device": eval_device, "run_name": place.id}
+        command = [sys.executable, "-m", "papermill", ROOT / "notebooks/train.ipynb", tmp_path / f"{place.id}.ipynb"]
+        for name, value in (shared | own).items():
+            command += ["-p", name, str(value)]
+        processes[place.id] = subprocess.Popen(
+            command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+    for name, process in processes.items():
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, f"{name}: {errors[-4000:]}"
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["status"] == "finished"
+        evaluations = [json.loads(line) for line in (tmp_path / name / "evaluations.jsonl").read_text().splitlines()]
+        measured = [e["sync_proof"] for e in evaluations]
+        assert all(proof["mean_abs_difference"] <= proof["tolerance"] for proof in measured)
+        print(f"\n{name}: {summary['seconds']}")
     assert_nothing_left([], before)
+
+
+@pytest.mark.parametrize("preamble", [0, 90])
+def test_attention_of_uneven_sequences_equals_the_plain_one(preamble):
+    """FlashAttention's kernel over packed sequences against one sequence after the other, gradients included."""
+    torch.manual_seed(0)
+    lengths = [1, 17, 200, 64, 333]
+    packing, tokens = make_packing(preamble, lengths), preamble + sum(lengths)
+    results = []
+    inputs = [torch.randn(heads, tokens, 64, device="cuda", dtype=torch.bfloat16) for heads in (6, 2, 2)]
+    weights = torch.randn(6, tokens, 64, device="cuda", dtype=torch.bfloat16)
+    for at_once in (True, False):
+        query, key, value = leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        if at_once:
+            arguments = (tensor.transpose(0, 1) for tensor in (query, key, value))
+            output = _attend_at_once(*arguments, packing.to("cuda"), 0.125).transpose(0, 1)
+        else:
+            output = _attend_in_turn(query, key, value, packing, 0.125)
+        (output * weights).sum().backward()
+        results.append([output, *(leaf.grad for leaf in leaves)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.02 * expected.abs().max().item())
+
+
+def test_a_compiled_step_on_the_gpu_equals_the_one_on_the_cpu():
+    """Loss, entropy and the direction of the gradient, bf16 on the GPU against fp32 on the CPU."""
+    tokenizer = load_tokenizer(MODEL)
+    rows = mini_rows("sft.jsonl", 24)
+    examples = [Example(f"sft/{i}", row["prompt"], row["response"], None, "") for i, row in enumerate(rows)]
+    sequences = encode(examples, tokenizer, 512)
+    seen = {}
+    for device, precision in (("cuda:0", "bf16"), ("cpu", "fp32")):
+        policy = load_policy(MODEL, device)
+        sums = torch.zeros(2)
+        for microbatch in make_microbatches(sequences, 2000):
+            sums += torch.stack(backward(policy, microbatch.to(device), 1000.0, precision)).cpu()
+        seen[device] = sums, torch.cat([p.grad.flatten().cpu() for p in policy.parameters()])
+    (ours, gradient), (expected, reference) = seen["cuda:0"], seen["cpu"]
+    torch.testing.assert_close(ours, expected, rtol=0.01, atol=0.0)
+    assert torch.cosine_similarity(gradient, reference, dim=0) > 0.999
+    torch.cuda.empty_cache()
