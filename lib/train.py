@@ -5,8 +5,9 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from lib.batching import Sequence, make_microbatches
+from lib.batching import Microbatch, Sequence, make_microbatches
 from lib.config import RunConfig
 from lib.policy import backward
 
@@ -53,11 +54,15 @@ def train_steps(
     """
     policy.train()
     examples_seen = sum(map(len, batches[:done]))
+    packed = make_microbatches(batches[done], config.microbatch_tokens) if done < len(batches) else []
     for step, batch in enumerate(batches[done:], start=done + 1):
         started = time.perf_counter()
         response_tokens = sum(s.response_length for s in batch)
         try:
-            loss, gradient_norm, entropy = _backward(policy, batch, response_tokens, config)
+            sums = _backward(policy, packed, response_tokens, config)
+            if step < len(batches):  # while the device is at work
+                packed = make_microbatches(batches[step], config.microbatch_tokens)
+            loss, gradient_norm, entropy = sums.tolist()  # the one wait for the device
             if not math.isfinite(loss) or not math.isfinite(gradient_norm):
                 raise TrainingError(
                     f"step {step}: loss {loss}, gradient norm {gradient_norm}; stopped before the update. "
@@ -92,15 +97,20 @@ def train_steps(
         }
 
 
-def _backward(policy: torch.nn.Module, batch: list[Sequence], response_tokens: int, config: RunConfig) -> list[float]:
-    """Gradients of one optimizer batch, clipped; returns loss, gradient norm (before clipping) and token entropy."""
+def _backward(
+    policy: torch.nn.Module, microbatches: list[Microbatch], response_tokens: int, config: RunConfig
+) -> Tensor:
+    """Gradients of one optimizer batch, clipped; returns loss, gradient norm (before clipping) and token entropy (3,).
+
+    What it returns is still being computed on a GPU: nothing here waits for the device.
+    """
     device = config.train_device
-    sums = torch.zeros(2, device=device)  # loss, entropies
-    for microbatch in make_microbatches(batch, config.microbatch_tokens):
-        sums += torch.stack(backward(policy, microbatch.to(device), response_tokens, config.precision))
+    loss, entropy = torch.zeros((), device=device), torch.zeros((), device=device)
+    for microbatch in microbatches:
+        part_loss, entropies = backward(policy, microbatch.to(device), response_tokens, config.precision)
+        loss, entropy = loss + part_loss, entropy + entropies / response_tokens
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.gradient_clip)
-    loss, gradient_norm, entropies = torch.stack([sums[0], norm, sums[1]]).tolist()  # the one wait for the device
-    return [loss, gradient_norm, entropies / response_tokens]
+    return torch.stack([loss, norm, entropy])
 
 
 def evaluation_steps(total_steps: int, eval_interval: int | None) -> set[int]:
