@@ -23,6 +23,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from lib import locks
 from lib.logs import captured
 from lib.policy import as_written, autocast, named_weights
 
@@ -120,7 +121,7 @@ def init_vllm(
         settings |= _prepare_gpu(device, train_device, gpu_memory_utilization)
     affinity, set_num_threads = os.sched_getaffinity(0), torch.set_num_threads
     try:
-        with captured(log_file):
+        with captured(log_file), alone_on(device):
             from vllm import LLM
 
             llm = LLM(**settings)
@@ -134,6 +135,14 @@ def init_vllm(
     seconds = time.perf_counter() - started
     processes = [] if device == "cpu" else _started_since(before)
     return Engine(llm, device, train_device, precision, log_file, seed, seconds, timeout, processes)
+
+
+def alone_on(device: str):
+    """Context in which no other engine of this user starts or ends on a GPU.
+
+    vLLM measures how much memory its model needs by what the card has left, and would count another engine's.
+    """
+    return contextlib.nullcontext() if device == "cpu" else locks.one_at_a_time(f"engine-{device.replace(':', '-')}")
 
 
 def init_vllm_in_background(*arguments, log_file: Path, **settings) -> Future:
@@ -438,7 +447,7 @@ def shutdown(engine: Engine) -> None:
         engine.call.join(SECONDS_TO_REPORT)  # on the CPU it ends with the response at hand
         if engine.call.is_alive():
             return
-    with captured(engine.log_file):
+    with captured(engine.log_file), alone_on(engine.device):
         if engine.transfer is not None:
             engine.transfer.shutdown()
             engine.transfer = None

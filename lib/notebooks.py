@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -17,6 +16,7 @@ from lib.config import PROJECT_ROOT, UserError, shorten_path
 
 MARK = "SFT_STUDY_FOLDER"  # in the environment of every process started here: the folder that it works for
 GRACE = 15  # seconds that an interrupted notebook has to shut its kernel down before it is killed
+POLL = 0.3  # seconds between two looks at running notebooks
 # Pages stand alone (no script or font from elsewhere) and are as wide as a text should be.
 PAGE_STYLE = """<style>
 body { max-width: 860px; margin: 0 auto !important }
@@ -42,48 +42,88 @@ def read_value(text: str, otherwise=None):
         return otherwise
 
 
-def execute(notebook: Path, output: Path, parameters: dict, owner: Path, tick: Callable = lambda: None) -> str | None:
-    """Execute a notebook in a process of its own; returns None, or why it failed in one line.
+class Execution:
+    """A notebook on its way through a process of its own: `start` it, watch `is_running`, then take its `result`.
 
     The executed notebook appears under `output` only when it is whole; a failed one as `<name>.failed.ipynb`, with what
-    its process printed in `<name>.log`. Whatever the notebook started is ended with it, also when this is stopped.
+    its process printed in `<name>.log`. Whatever happens in between, `end` leaves nothing of it behind.
     """
-    partial, failed = output.with_name(f".{output.stem}.partial.ipynb"), output.with_suffix(".failed.ipynb")
-    log = output.with_suffix(".log")
-    command = [sys.executable, "-m", "papermill", str(notebook), str(partial)]
-    command += ["--no-progress-bar", "--log-level", "WARNING"]
-    for name, value in parameters.items():
-        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
-    sessions: set[int] = set()
-    try:
-        with open(log, "w", encoding="utf-8") as printed:
-            process = subprocess.Popen(
-                command,
+
+    def __init__(self, notebook: Path, output: Path, parameters: dict, owner: Path):
+        self.output, self.owner = output, owner
+        self.partial = output.with_name(f".{output.stem}.partial.ipynb")
+        self.log = output.with_suffix(".log")
+        self.command = [sys.executable, "-m", "papermill", str(notebook), str(self.partial)]
+        self.command += ["--no-progress-bar", "--log-level", "WARNING"]
+        for name, value in parameters.items():
+            self.command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
+        self.process: subprocess.Popen | None = None
+        self.sessions: set[int] = set()  # of every process seen below it
+
+    def start(self) -> None:
+        with open(self.log, "w", encoding="utf-8") as printed:
+            self.process = subprocess.Popen(
+                self.command,
                 cwd=PROJECT_ROOT,
-                env={**os.environ, MARK: str(owner), "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, MARK: str(self.owner), "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            try:
-                while process.poll() is None:
-                    sessions |= sessions_below(process.pid)
-                    tick()
-                    time.sleep(0.3)
-            finally:
-                end(process, sessions)
-        if process.returncode == 0:
-            publish(partial, output)
-            log.unlink()
+
+    def is_running(self) -> bool:
+        """To be asked several times a second: it also notes the processes that will have to end with the notebook."""
+        if self.process.poll() is not None:
+            return False
+        self.sessions |= sessions_below(self.process.pid)
+        return True
+
+    def result(self) -> str | None:
+        """None, or why it failed in one line; to be asked once it no longer runs."""
+        kill_sessions(self.sessions)
+        failed = self.output.with_suffix(".failed.ipynb")
+        if self.process.returncode == 0:
+            publish(self.partial, self.output)
+            self.log.unlink()
             failed.unlink(missing_ok=True)
             return None
-        reason = failure(partial, log, process.returncode)
-        if partial.is_file():
-            publish(partial, failed)
+        reason = failure(self.partial, self.log, self.process.returncode)
+        if self.partial.is_file():
+            publish(self.partial, failed)
         return reason
+
+
+def execute(notebook: Path, output: Path, parameters: dict, owner: Path) -> str | None:
+    """Execute one notebook (see `Execution`) and wait for it; returns None, or why it failed in one line."""
+    execution = Execution(notebook, output, parameters, owner)
+    try:
+        execution.start()
+        while execution.is_running():
+            time.sleep(POLL)
+        return execution.result()
     finally:
-        partial.unlink(missing_ok=True)
+        end([execution])
+
+
+def end(executions: list[Execution]) -> None:
+    """End notebooks and whatever they started, also where this is stopped in the middle of them.
+
+    Those that still run are interrupted all at once, so that each kernel can shut its engine down; what is left of them
+    after `GRACE` is killed.
+    """
+    started = [one for one in executions if one.process is not None]
+    for one in started:
+        if one.is_running():
+            one.process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + GRACE
+    for one in started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            one.process.wait(max(deadline - time.monotonic(), 0))
+    kill_sessions(set().union(*(one.sessions for one in started)))
+    for one in started:
+        one.process.wait()
+        one.partial.unlink(missing_ok=True)
 
 
 def sessions_below(pid: int) -> set[int]:
@@ -99,17 +139,6 @@ def sessions_below(pid: int) -> set[int]:
         except ProcessLookupError:
             continue
     return sessions - {os.getsid(0)}
-
-
-def end(process: subprocess.Popen, sessions: set[int]) -> None:
-    """Interrupt papermill if it still runs, so that the kernel can shut its engine down; then kill what is left."""
-    if process.poll() is None:
-        sessions |= sessions_below(process.pid)
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-    kill_sessions(sessions)
-    process.wait()
 
 
 def kill_sessions(sessions: set[int]) -> int:

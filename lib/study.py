@@ -1,6 +1,7 @@
 """Runs a study: one executed notebook a training set, then the report.
 
-Each run is `papermill notebooks/train.ipynb <runs_dir>/<run>.ipynb` in a process of its own, one after another.
+Each run is `papermill notebooks/train.ipynb <runs_dir>/<run>.ipynb` in a process of its own, one after another, or
+several side by side (--jobs).
 Finished runs are kept, so a stopped study goes on where it stopped: call it again with the same arguments.
 """
 
@@ -8,11 +9,11 @@ import argparse
 import difflib
 import hashlib
 import json
+import shutil
 import signal
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -20,7 +21,7 @@ import numpy as np
 
 from lib.config import INCIDENTAL, PROFILES, PROJECT_ROOT, UserError, default_run_name, resolve, shorten_path
 from lib.locks import hold, release
-from lib.notebooks import execute, notebook_parameters, read_value, sweep, to_html
+from lib.notebooks import POLL, Execution, end, execute, notebook_parameters, read_value, sweep, to_html
 from lib.report import load
 
 TRAIN_NOTEBOOK = PROJECT_ROOT / "notebooks/train.ipynb"
@@ -40,6 +41,16 @@ class Run:
 
     name: str
     parameters: dict
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run at work: what its lines begin with, and since when (`time.monotonic`)."""
+
+    label: str
+    run: Run
+    execution: Execution
+    started: float
 
 
 @dataclass
@@ -122,6 +133,11 @@ def is_finished(folder: Path) -> bool:
     return read_json(folder / "summary.json").get("status") == "finished"
 
 
+def is_kept(run: Run, folder: Path) -> bool:
+    """Whether the study has nothing to do for this run."""
+    return is_finished(folder / run.name) and not run.parameters.get("overwrite")
+
+
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -155,7 +171,7 @@ def refuse_conflicts(runs: list[Run], folder: Path, defaults: dict) -> None:
     """UserError where a finished run of the folder was made with other settings: two studies don't mix."""
     conflicts = []
     for run in runs:
-        if is_finished(folder / run.name) and not run.parameters.get("overwrite"):
+        if is_kept(run, folder):
             found = differences(run, folder / run.name, defaults)
             conflicts += [f"  {shorten_path(str(folder / run.name))}: {'; '.join(found)}"] if found else []
     if conflicts:
@@ -172,43 +188,61 @@ def refuse_conflicts(runs: list[Run], folder: Path, defaults: dict) -> None:
 class Progress:
     """Says what is happening and how long it may still take; on a terminal the passing line is overwritten."""
 
-    def __init__(self, folder: Path, every: float = 30.0):
-        self.folder, self.every = folder, every
+    def __init__(self, folder: Path, every: float = 30.0, side_by_side: int = 1):
+        self.folder, self.every, self.side_by_side = folder, every, side_by_side
         self.done: list[tuple[float, float]] = []  # examples and seconds of the runs made so far
-        self.last = self.started = time.monotonic()
+        self.last = time.monotonic()
 
     def say(self, text: str) -> None:
         print(("\r\033[K" if sys.stdout.isatty() else "") + text, flush=True)
         self.last = time.monotonic()
 
-    def start(self) -> None:
-        self.started = time.monotonic()
-
-    def tick(self, label: str, run: Run, pending: list[Run]) -> None:
-        """`pending`: the runs after this one."""
+    def tick(self, jobs: list[Job], waiting: list[Run]) -> None:
+        """Now and then, say where the running jobs are; `waiting`: the runs after them."""
         terminal = sys.stdout.isatty()
-        if time.monotonic() - self.last < (1 if terminal else self.every):
+        if not jobs or time.monotonic() - self.last < (1 if terminal else self.every):
             return
         self.last = time.monotonic()
+        left = self.left(jobs, [run for run in waiting if not is_kept(run, self.folder)])
+        if not terminal:
+            for job in jobs:
+                print(f"{self.line(job)}{left}", flush=True)
+            return
+        text = self.line(jobs[0]) + left
+        if len(jobs) > 1:
+            text = " | ".join(f"{job.run.name} {self.position(job.run)}" for job in jobs) + left
+            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps can't be overwritten
+        print(f"\r\033[K{text}", end="", flush=True)
+
+    def line(self, job: Job) -> str:
+        return f"{job.label} {self.position(job.run)}, {clock(self.last - job.started)}"
+
+    def position(self, run: Run) -> str:
         steps, total = self.steps(run)
-        at = "setting up" if not steps else "last evaluation" if steps == total else f"step {steps} of {total}"
-        text = f"{label} {at}, {clock(self.last - self.started)}{self.left(run, pending, steps, total)}"
-        print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
+        return "setting up" if not steps else "last evaluation" if steps == total else f"step {steps} of {total}"
 
     def steps(self, run: Run) -> tuple[int, int]:
         total = read_json(self.folder / run.name / "config.json").get("data", {}).get("train_steps") or 0
         metrics = self.folder / run.name / "metrics.jsonl"
         return (metrics.read_bytes().count(b"\n") if metrics.is_file() else 0), total
 
-    def left(self, run: Run, pending: list[Run], steps: int, total: int) -> str:
-        """Time left: from the runs made before, and not less than this run's share of steps says."""
-        elapsed = self.last - self.started
-        by_steps = elapsed * total / steps if steps else 0.0
-        if not self.done and not by_steps:
+    def left(self, jobs: list[Job], pending: list[Run]) -> str:
+        """Time left: from the runs made before, and not less than each running one's share of steps says."""
+        by_steps = [self.by_steps(job) for job in jobs]
+        if not self.done and not any(by_steps):
             return ""
-        whole = max(by_steps, self.expected(run) if self.done else 0.0)
-        rest = sum(self.expected(one) if self.done else whole for one in pending)
-        return f", about {clock(max(whole - elapsed, 0) + rest)} left in all"
+        longest, ahead = max(by_steps), []
+        for job, share in zip(jobs, by_steps, strict=True):
+            whole = max(share, self.expected(job.run) if self.done else longest)
+            ahead.append(max(whole - (self.last - job.started), 0.0))
+        rest = sum(self.expected(run) if self.done else longest for run in pending)
+        seconds = max(*ahead, (sum(ahead) + rest) / self.side_by_side)
+        return f", about {clock(seconds)} left in all"
+
+    def by_steps(self, job: Job) -> float:
+        """Seconds that the whole run takes if its steps go on as they did; 0 before the first."""
+        steps, total = self.steps(job.run)
+        return (self.last - job.started) * total / steps if steps else 0.0
 
     def expected(self, run: Run) -> float:
         """Seconds of a run: a straight line over examples through the runs made so far, their mean with one."""
@@ -248,33 +282,64 @@ def accuracy(folder: Path) -> str:
 # --- The study -----------------------------------------------------------------------------------------------------
 
 
-def run_all(runs: list[Run], folder: Path, notebook: Path = TRAIN_NOTEBOOK, every: float = 30.0) -> Outcome:
-    """Make the runs that are not finished yet, one after another; a failed one does not stop the rest."""
-    outcome, progress = Outcome(), Progress(folder, every)
-    for place, run in enumerate(runs):
-        label = f"[{place + 1}/{len(runs)}] {run.name:<10}"
-        path = folder / run.name
-        if is_finished(path) and not run.parameters.get("overwrite"):
-            outcome.kept.append(run.name)
-            progress.finished(run, read_json(path / "summary.json").get("seconds", {}).get("total"))
-            progress.say(f"{label} kept, finished before{accuracy(path)}{lost_notebook(path)}")
-            continue
-        pending = [one for one in runs[place + 1 :] if not is_finished(folder / one.name)]
-        progress.start()
-        progress.say(f"{label} started{' again: it was not finished' if path.is_dir() else ''}")
-        tick = partial(progress.tick, label, run, pending)
-        reason = execute(notebook, path.with_suffix(".ipynb"), run.parameters, folder, tick)
-        seconds = time.monotonic() - progress.started
-        if reason is None and not is_finished(path):
-            reason = f"the notebook ran to its end, but {shorten_path(str(path / 'summary.json'))} is missing"
-        if reason is None:
-            outcome.finished.append(run.name)
-            progress.finished(run, seconds)
-            progress.say(f"{label} finished in {clock(seconds)}{accuracy(path)}")
-        else:
-            outcome.failed[run.name] = reason
-            progress.say(f"{label} FAILED after {clock(seconds)}: {reason}")
+def run_all(
+    runs: list[Run], folder: Path, notebook: Path = TRAIN_NOTEBOOK, every: float = 30.0, side_by_side: int = 1
+) -> Outcome:
+    """Make the runs that are not finished yet, up to `side_by_side` at a time; a failed one does not stop the rest."""
+    outcome, progress = Outcome(), Progress(folder, every, side_by_side)
+    waiting = [(f"[{place}/{len(runs)}] {run.name:<10}", run) for place, run in enumerate(runs, start=1)]
+    jobs: list[Job] = []
+    try:
+        while waiting or jobs:
+            while waiting and len(jobs) < room(folder, side_by_side):
+                label, run = waiting.pop(0)
+                if is_kept(run, folder):
+                    keep(label, run, outcome, progress)
+                    continue
+                path = folder / run.name
+                progress.say(f"{label} started{' again: it was not finished' if path.is_dir() else ''}")
+                execution = Execution(notebook, path.with_suffix(".ipynb"), run.parameters, folder)
+                jobs.append(Job(label, run, execution, time.monotonic()))  # before its start, so that it is ended below
+                execution.start()
+            progress.tick(jobs, [run for _, run in waiting])
+            time.sleep(POLL)
+            for job in [job for job in jobs if not job.execution.is_running()]:
+                conclude(job, outcome, progress)
+                jobs.remove(job)
+    finally:
+        end([job.execution for job in jobs])
     return outcome
+
+
+def room(folder: Path, side_by_side: int) -> int:
+    """How many runs may be at work at a time."""
+    # The untrained base is measured by the first run and reused by the others: side by side, each would measure it. So
+    # runs go one by one until some base is there. One that needs another base measures it itself: right, only slower.
+    return side_by_side if any(folder.glob("base-*/settings.json")) else 1
+
+
+def keep(label: str, run: Run, outcome: Outcome, progress: Progress) -> None:
+    """Count a run that was finished before."""
+    path = progress.folder / run.name
+    outcome.kept.append(run.name)
+    progress.finished(run, read_json(path / "summary.json").get("seconds", {}).get("total"))
+    progress.say(f"{label} kept, finished before{accuracy(path)}{lost_notebook(path)}")
+
+
+def conclude(job: Job, outcome: Outcome, progress: Progress) -> None:
+    """Say and count what became of a run whose notebook has ended."""
+    path = progress.folder / job.run.name
+    seconds = time.monotonic() - job.started
+    reason = job.execution.result()
+    if reason is None and not is_finished(path):
+        reason = f"the notebook ran to its end, but {shorten_path(str(path / 'summary.json'))} is missing"
+    if reason is None:
+        outcome.finished.append(job.run.name)
+        progress.finished(job.run, seconds)
+        progress.say(f"{job.label} finished in {clock(seconds)}{accuracy(path)}")
+    else:
+        outcome.failed[job.run.name] = reason
+        progress.say(f"{job.label} FAILED after {clock(seconds)}: {reason}")
 
 
 def lost_notebook(path: Path) -> str:
@@ -291,6 +356,8 @@ def check_settings(run: Run, defaults: dict) -> dict:
 def run_study(arguments: argparse.Namespace) -> Outcome:
     """Plan, refuse what can't work, make what is missing."""
     folder, notebook = arguments.runs_dir, arguments.train
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: must be at least 1")
     shared = {"profile": arguments.profile, **dict(arguments.p)}
     runs = plan(folder, arguments.sizes, arguments.seeds, shared, notebook)
     defaults = notebook_parameters(notebook)
@@ -298,12 +365,12 @@ def run_study(arguments: argparse.Namespace) -> Outcome:
     try:
         if left := sweep(folder):
             print(f"Ended {left} processes that a killed study had left behind.")
-        pending = [run for run in runs if not is_finished(folder / run.name) or run.parameters.get("overwrite")]
+        pending = [run for run in runs if not is_kept(run, folder)]
         if pending or arguments.match == "steps":
             settings = check_settings(pending[0] if pending else runs[0], defaults)
             runs = settled(runs, settings, arguments.match)
         refuse_conflicts(runs, folder, defaults)
-        return run_all(runs, folder, notebook)
+        return run_all(runs, folder, notebook, side_by_side=arguments.jobs)
     finally:
         release(folder)
 
@@ -373,6 +440,11 @@ Stop it with Ctrl-C; the same command goes on where it stopped. Exit status: 0 a
     option("--match", default="epochs", choices=("epochs", "steps"), help=match_help)
     other_help = "any other parameter of notebooks/train.ipynb, for all runs; repeat it for more"
     option("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=other_help)
+    jobs_help = (
+        "runs side by side, for GPUs with memory to spare. Where engines share a GPU, gpu_memory_utilization times N "
+        "must stay under about 0.9 (-p gpu_memory_utilization 0.25 for 3); on a CPU nothing is gained (default: 1)"
+    )
+    option("--jobs", default=1, type=int, metavar="N", help=jobs_help)
     option("--report-only", action="store_true", help="run nothing, make the report again")
     arguments = parser.parse_args(words)
     arguments.p = [(name, read_value(value, value)) for name, value in arguments.p]
@@ -405,7 +477,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def stop(number, _frame):
-    """Stop once; what follows while the running notebook is shut down is not heard."""
+    """Stop once; what follows while the running notebooks are shut down is not heard."""
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise Stopped(signal.Signals(number).name)

@@ -1,5 +1,6 @@
 """The study: what it plans, keeps, refuses, reports and leaves behind. A stub notebook stands in for train.ipynb."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -28,6 +30,8 @@ runs_dir = None
 run_name = None
 fail_at = None
 sleep = 0.0
+base_after = None
+meet = ""
 """
 # Writes a run's folder as train.ipynb does, with nothing learned; leaves a process of another session while it sleeps.
 BODY = """
@@ -42,7 +46,22 @@ config["learning_rate"] = learning_rate or 0.001
 config["profile"] = "mini" if profile == "auto" else profile
 (folder / "config.json").write_text(json.dumps({"parameters": config, "data": {"train_steps": 4}}))
 with open(folder / "visits.jsonl", "a") as visits:
-    visits.write(json.dumps({"pid": os.getpid()}) + "\\n")
+    visits.write(json.dumps({"pid": os.getpid(), "started": time.time()}) + "\\n")
+"""
+# The untrained base is measured by the run that finds none; then the run waits for those that it is to `meet`.
+BASE = """
+if base_after is not None and not list(Path(runs_dir).glob("base-*")):
+    time.sleep(base_after)
+    base = Path(runs_dir) / "base-0123"
+    base.mkdir(exist_ok=True)
+    with open(base / "measured_by", "a") as measured_by:
+        measured_by.write(run_name + "\\n")
+    (base / "settings.json").write_text("{}")
+deadline = time.time() + 30
+while not all((Path(runs_dir) / name / "visits.jsonl").is_file() for name in meet.split()):
+    if time.time() > deadline:
+        raise TimeoutError(f"{run_name} did not meet {meet}")
+    time.sleep(0.1)
 """
 WORK = """
 if fail_at == n:
@@ -52,7 +71,7 @@ if sleep:
     (folder / "engine.pid").write_text(str(engine.pid))
     time.sleep(sleep)
     engine.kill()
-numbers = {"final_accuracy": 0.5, "final_accuracy_low": 0.4, "final_accuracy_high": 0.6}
+numbers = {"final_accuracy": 0.5, "final_accuracy_low": 0.4, "final_accuracy_high": 0.6, "ended": time.time()}
 (folder / "summary.json").write_text(json.dumps({"status": "finished", "seconds": {"total": 10}, **numbers}))
 """
 
@@ -67,7 +86,7 @@ def stub(tmp_path, monkeypatch):
 
 
 def write_stub(path: Path) -> Path:
-    cells = [nbformat.v4.new_code_cell(text.strip()) for text in (PARAMETERS, BODY, WORK)]
+    cells = [nbformat.v4.new_code_cell(text.strip()) for text in (PARAMETERS, BODY, BASE, WORK)]
     cells[0].metadata["tags"] = ["parameters"]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
@@ -77,6 +96,20 @@ def write_stub(path: Path) -> Path:
 def made(stub, runs_dir, *words):
     """Run a study of the stub as the command line would, without the report."""
     return study.run_study(study.read_arguments(["--runs-dir", str(runs_dir), *words]))
+
+
+def put_base(runs_dir: Path) -> None:
+    """An untrained base as a run before this study measured it: nothing keeps its runs from going side by side."""
+    (runs_dir / "base-0123").mkdir(parents=True)
+    (runs_dir / "base-0123/settings.json").write_text("{}")
+
+
+def started(folder: Path) -> float:
+    return json.loads((folder / "visits.jsonl").read_text().splitlines()[-1])["started"]
+
+
+def ended(folder: Path) -> float:
+    return json.loads((folder / "summary.json").read_text())["ended"]
 
 
 def visits(folder: Path) -> int:
@@ -138,6 +171,7 @@ def test_help_names_every_argument(capsys):
         "--sizes",
         "--seeds",
         "--match",
+        "--jobs",
         "-p NAME VALUE",
         "--report-only",
         "Ctrl-C",
@@ -284,6 +318,130 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+# --- Side by side --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_fewer_than_one_at_a_time_is_refused(stub, tmp_path, jobs):
+    with pytest.raises(UserError, match=f"--jobs {jobs}"):
+        made(stub, tmp_path / "runs", "--jobs", jobs)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_jobs_run_at_the_same_time_and_never_three(stub, tmp_path):
+    """n128 and n256 each wait until the other is there; n512 has to wait until one of them is done."""
+    folder = tmp_path / "runs"
+    put_base(folder)
+    words = ["--sizes", "128", "256", "512", "--jobs", "2", "-p", "meet", "n128 n256", "-p", "sleep", "2"]
+    outcome = made(stub, folder, *words)
+    assert (sorted(outcome.finished), outcome.failed) == (["n128", "n256", "n512"], {})
+    assert started(folder / "n512") > min(ended(folder / "n128"), ended(folder / "n256"))
+
+
+def test_one_job_after_another_unless_asked_for(stub, tmp_path):
+    folder = tmp_path / "runs"
+    put_base(folder)
+    made(stub, folder, "--sizes", "128", "256", "-p", "sleep", "2")
+    assert started(folder / "n256") > ended(folder / "n128")
+
+
+def test_the_others_start_once_the_first_has_measured_the_untrained_base(stub, tmp_path):
+    """At once they would each measure it; only after the first has ended, they would not meet it."""
+    folder = tmp_path / "runs"
+    words = ["--sizes", "128", "256", "512", "--jobs", "3", "-p", "base_after", "3", "-p", "meet", "n128 n256 n512"]
+    outcome = made(stub, folder, *words)
+    assert (sorted(outcome.finished), outcome.failed) == (["n128", "n256", "n512"], {})
+    assert (folder / "base-0123/measured_by").read_text() == "n128\n"
+
+
+def test_a_run_that_fails_beside_another_leaves_it_alone_and_the_rest_goes_on(stub, tmp_path, capsys):
+    """n256 fails as soon as n128 is at work beside it."""
+    folder = tmp_path / "runs"
+    put_base(folder)
+    words = ["--sizes", "128", "256", "512", "--jobs", "2"]
+    outcome = made(stub, folder, *words, "-p", "meet", "n128 n256", "-p", "sleep", "2", "-p", "fail_at", "256")
+    assert (sorted(outcome.finished), list(outcome.failed)) == (["n128", "n512"], ["n256"])
+    assert outcome.failed["n256"] == "ValueError: loss is nan with n=256"
+    said = capsys.readouterr().out
+    assert "[2/3] n256       FAILED" in said and "[1/3] n128       finished" in said
+    left = ["n128", "n128.ipynb", "n256", "n256.failed.ipynb", "n256.log", "n512", "n512.ipynb"]
+    assert sorted(path.name for path in folder.iterdir() if path.name != "base-0123") == left
+    assert made(stub, folder, *words).finished == ["n256"]
+
+
+def test_a_stopped_study_ends_every_run_at_work_and_goes_on_with_them(stub, tmp_path):
+    folder = tmp_path / "runs"
+    put_base(folder)
+    driver = textwrap.dedent(DRIVER).format(stub=str(stub))
+    words = ["--runs-dir", str(folder), "--sizes", "128", "256", "--jobs", "2"]
+    process = subprocess.Popen([sys.executable, "-c", driver, *words, "-p", "sleep", "60"], cwd=PROJECT_ROOT)
+    try:
+        pids = wait_for_run(folder / "n128") + wait_for_run(folder / "n256")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    assert not [pid for pid in pids if alive(pid)]
+    assert sorted(path.suffix for path in folder.iterdir() if path.is_file()) == [".log", ".log"], "nothing half-true"
+    outcome = made(stub, *words[1:])
+    assert (sorted(outcome.finished), outcome.failed) == (["n128", "n256"], {})
+
+
+class Measuring:
+    """As much of a run as `evaluate_base` needs."""
+
+    def __init__(self, folder: Path, name: str):
+        self.config = SimpleNamespace(runs_dir=str(folder), run_name=name, run_dir=folder / name)
+        self.tracker = SimpleNamespace(evaluations=[], log_evaluation=lambda parts: [line for line, _ in parts])
+        self.recorded = lambda part: contextlib.nullcontext()
+        (self.config.run_dir / "evaluations").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("slower", ["measuring", "writing"])
+def test_runs_that_measure_the_same_base_at_once_leave_one_whole_base(tmp_path, monkeypatch, slower):
+    """n256 measures and keeps the base while n128 is still measuring it, or about to keep its own."""
+    run = pytest.importorskip("lib.run")
+    both = {name: Measuring(tmp_path, name) for name in ("n128", "n256")}
+    write_json = run.write_json
+
+    def overtaken(where: str, by_name: str) -> None:
+        if (where, by_name) == (slower, "n128"):
+            assert not list(tmp_path.glob("base-*")), "nothing to be seen before it is whole"
+            run.evaluate_base(both["n256"])
+
+    def measure(measuring, position):
+        overtaken("measuring", measuring.config.run_name)
+        (measuring.config.run_dir / "evaluations/000.jsonl").write_text(measuring.config.run_name)
+        return [{"train_step": 0, "records": "evaluations/000.jsonl", "by": measuring.config.run_name}]
+
+    def write(path, value):
+        overtaken("writing", value["measured_by"])
+        write_json(path, value)
+
+    monkeypatch.setattr(run, "_base_settings", lambda measuring: {"model": "one"})
+    monkeypatch.setattr(run, "evaluate_policy", measure)
+    monkeypatch.setattr(run, "write_json", write)
+    lines, _ = run.evaluate_base(both["n128"])
+    assert lines[0]["by"] == "n128", "each goes on with what it measured"
+    [base] = tmp_path.glob("*base-*")
+    assert sorted(path.name for path in base.iterdir()) == ["evaluations", "evaluations.jsonl", "settings.json"]
+    assert run.read_measured_by(base) == (base / "evaluations/000.jsonl").read_text() == "n256"
+    assert json.loads((base / "evaluations.jsonl").read_text())["by"] == "n256"
+    lines, said = run.evaluate_base(Measuring(tmp_path, "n512"))
+    assert "Reused" in said and (tmp_path / "n512" / lines[0]["records"]).read_text() == "n256"
+
+
+def test_half_of_a_base_is_replaced(tmp_path, monkeypatch):
+    run = pytest.importorskip("lib.run")
+    monkeypatch.setattr(run, "_base_settings", lambda measuring: {"model": "one"})
+    monkeypatch.setattr(run, "evaluate_policy", lambda measuring, position: [])
+    run.evaluate_base(Measuring(tmp_path, "n128"))
+    [base] = tmp_path.glob("base-*")
+    (base / "settings.json").unlink()
+    run.evaluate_base(Measuring(tmp_path, "n256"))
+    assert run.read_measured_by(base) == "n256"
+
+
 def test_ending_a_study_never_touches_the_caller(tmp_path):
     assert os.getsid(0) not in notebooks.sessions_below(os.getpid())
 
@@ -297,6 +455,31 @@ def test_time_left_is_a_straight_line_over_examples():
     progress.finished(runs[128], 60 + 128 * 0.5)
     progress.finished(runs[256], 60 + 256 * 0.5)
     assert progress.expected(runs[1024]) == pytest.approx(60 + 1024 * 0.5)
-    progress.last = progress.started + 38
+    job = study.Job("[2/3] n256", runs[256], None, progress.last - 38)
     whole, rest = 188, 572  # seconds that the line gives for n = 256 and n = 1024
-    assert progress.left(runs[256], [runs[1024]], 0, 0).endswith(f"about {study.clock(whole - 38 + rest)} left in all")
+    assert progress.left([job], [runs[1024]]) == f", about {study.clock(whole - 38 + rest)} left in all"
+
+
+def test_time_left_side_by_side_is_shared_but_not_below_the_longest_run():
+    progress = study.Progress(Path("nowhere"), side_by_side=2)
+    runs = {n: study.Run(f"n{n}", {"n": n, "filtered": False}) for n in (128, 256, 1024)}
+    progress.finished(runs[128], 60 + 128 * 0.5)
+    progress.finished(runs[256], 60 + 256 * 0.5)
+    jobs = [study.Job("", runs[128], None, progress.last - 24), study.Job("", runs[256], None, progress.last - 38)]
+    ahead = (124 - 24, 188 - 38)
+    assert progress.left(jobs, [runs[1024]]) == f", about {study.clock((sum(ahead) + 572) / 2)} left in all"
+    assert progress.left(jobs, []) == f", about {study.clock(max(ahead))} left in all"
+
+
+def test_each_run_at_work_has_its_line(tmp_path, capsys):
+    progress = study.Progress(tmp_path, every=0, side_by_side=2)
+    runs = [study.Run(f"n{n}", {"n": n, "filtered": False}) for n in (128, 256)]
+    (tmp_path / "n256").mkdir()
+    (tmp_path / "n256/config.json").write_text(json.dumps({"data": {"train_steps": 4}}))
+    (tmp_path / "n256/metrics.jsonl").write_text("{}\n" * 3)
+    began = time.monotonic() - 60
+    progress.tick([study.Job(f"[{i}/6] {run.name}", run, None, began) for i, run in enumerate(runs, 1)], [])
+    assert capsys.readouterr().out.splitlines() == [
+        "[1/6] n128 setting up, 1 min 00 s, about 20 s left in all",
+        "[2/6] n256 step 3 of 4, 1 min 00 s, about 20 s left in all",
+    ]
