@@ -22,6 +22,7 @@ from lib.policy import named_weights
 
 FOLDER = "checkpoints"
 SHARE_OF_TIME = 0.05  # checkpoints at evaluations may take this part of a run's time
+BYTES_PER_SECOND = 1e9  # what the first one is taken to be written at
 
 
 def latest(run_dir: Path) -> Path | None:

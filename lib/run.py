@@ -261,7 +261,7 @@ def train(run: Run) -> Iterator[dict]:
     if done:
         yield tracker.metrics[-1]
     data = hash_batches(run.batches)
-    cost, last = 0.0, time.perf_counter()
+    cost, last = checkpoint.size(run.policy) / checkpoint.BYTES_PER_SECOND, time.perf_counter()
     models, n = (run.policy, run.optimizer, run.scheduler), run.sizes["selected"]
     for metrics in train_steps(*models, run.batches, config, n, done):
         tracker.log_train(metrics)
