@@ -52,7 +52,7 @@ class Template:
         return None
 
 
-def read_jsonl(path: Path, required: tuple[str, ...]) -> list[dict]:
+def read_jsonl(path: Path, required: tuple[str, ...], may_be_empty: tuple[str, ...] = ()) -> list[dict]:
     """Rows of a JSONL file. Raises `UserError` with file and line for a malformed row or a missing or empty field."""
     if not path.is_file():
         raise UserError(f"{shorten_path(str(path))}: no such file")
@@ -71,7 +71,7 @@ def read_jsonl(path: Path, required: tuple[str, ...]) -> list[dict]:
             for key in required:
                 if key not in row:
                     raise UserError(f"{where}: missing key {key!r}")
-                if not isinstance(row[key], str) or not row[key].strip():
+                if not isinstance(row[key], str) or not (row[key].strip() or key in may_be_empty):
                     raise UserError(f"{where}: {key!r} must be a text that is not empty")
             rows.append(row)
     if not rows:
@@ -79,10 +79,15 @@ def read_jsonl(path: Path, required: tuple[str, ...]) -> list[dict]:
     return rows
 
 
-def load_problems(path: Path) -> list[Problem]:
-    """Problems of a `train.jsonl` or `validation.jsonl` file, in its order, with unique ids."""
+def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
+    """Problems of a `train.jsonl` or `validation.jsonl` file, in its order, with unique ids.
+
+    MATH's training file has a problem whose answer is empty: `may_lack_answers` leaves such problems out.
+    """
     problems = []
-    for row in read_jsonl(path, ("problem", "answer", "level", "subject")):
+    for row in read_jsonl(path, ("problem", "answer", "level", "subject"), ("answer",) if may_lack_answers else ()):
+        if not row["answer"].strip():
+            continue
         problem_id = row.get("unique_id") or f"{path.stem}/{len(problems)}"
         problems.append(Problem(problem_id, row["problem"], row["answer"], row["level"], row["subject"]))
     if len({p.id for p in problems}) < len(problems):
@@ -101,7 +106,7 @@ def load_examples(data_dir: Path, template_path: str | None = None) -> tuple[lis
     template = detect_template([row["prompt"] for row in rows], path, template_path)
     answers = {}
     if any(_gold(row) is None for row in rows) and (data_dir / "train.jsonl").is_file():
-        answers = {p.problem.strip(): p.answer for p in load_problems(data_dir / "train.jsonl")}
+        answers = {p.problem.strip(): p.answer for p in load_problems(data_dir / "train.jsonl", may_lack_answers=True)}
     examples = []
     for number, row in enumerate(rows, start=1):
         problem = template.question_in(row["prompt"])
@@ -213,7 +218,9 @@ def load_evaluation_problems(data_dir: Path, split: str, examples: list[Example]
     if split == "validation":
         return validation
     seen = {e.problem.strip() for e in examples} | {p.problem.strip() for p in validation}
-    problems = [p for p in load_problems(data_dir / "train.jsonl") if p.problem.strip() not in seen]
+    problems = [
+        p for p in load_problems(data_dir / "train.jsonl", may_lack_answers=True) if p.problem.strip() not in seen
+    ]
     if not problems:
         raise UserError("eval_split='tuning': every problem of train.jsonl has a trace in sft.jsonl")
     return problems

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class Engine:
     start_seconds: float
     timeout: float = 600.0  # seconds without a sign of life after which it counts as hung
     processes: list[psutil.Process] = field(default_factory=list)  # those of the engine, where it has its own
+    guard: subprocess.Popen | None = None  # ends them if this process is killed
     heard: float = 0.0  # time.monotonic() of its last sign of life
     call: threading.Thread | None = None  # the latest call into vLLM
     source: object = None  # on GPUs: what vLLM's weight transfer sends
@@ -134,7 +136,8 @@ def init_vllm(
         torch.set_num_threads = set_num_threads
     seconds = time.perf_counter() - started
     processes = [] if device == "cpu" else _started_since(before)
-    return Engine(llm, device, train_device, precision, log_file, seed, seconds, timeout, processes)
+    guard = _guard(processes) if processes else None
+    return Engine(llm, device, train_device, precision, log_file, seed, seconds, timeout, processes, guard)
 
 
 def alone_on(device: str):
@@ -171,7 +174,7 @@ def _prepare_gpu(device: str, train_device: str, gpu_memory_utilization: float) 
     if one_gpu:
         # CUDA IPC handles travel to the engine's process, a child of this one, as pickles.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # a fork of a process with threads may hang
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork of a process with threads may hang
     return {
         "device_ids": [int(device.split(":")[1])],
         "gpu_memory_utilization": gpu_memory_utilization,
@@ -191,6 +194,16 @@ def _started_since(before: set[psutil.Process]) -> list[psutil.Process]:
     """Descendants of this process that are new; Python's own resource tracker, which serves all, is not the engine."""
     new = set(psutil.Process().children(recursive=True)) - before
     return [process for process in new if _is_alive(process) and "resource_tracker" not in " ".join(process.cmdline())]
+
+
+def _guard(processes: list[psutil.Process]) -> subprocess.Popen:
+    """A shell that kills `processes` once this process is gone, however it ended.
+
+    vLLM's engine outlives a parent that is killed, and keeps the GPU's memory. The shell waits for the end of a pipe
+    that this process alone holds open.
+    """
+    command = ["sh", "-c", 'read -r _; kill -9 "$@" 2>/dev/null', "sh", *(str(process.pid) for process in processes)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -443,7 +456,7 @@ def shutdown(engine: Engine) -> None:
     if llm is None:
         return
     if engine.call is not None and engine.call.is_alive():
-        _kill(engine.processes)
+        _end_processes(engine)
         engine.call.join(SECONDS_TO_REPORT)  # on the CPU it ends with the response at hand
         if engine.call.is_alive():
             return
@@ -458,8 +471,15 @@ def shutdown(engine: Engine) -> None:
 
             cleanup_dist_env_and_memory()
         else:
-            _kill(engine.processes)
+            _end_processes(engine)
             torch.cuda.empty_cache()
+
+
+def _end_processes(engine: Engine) -> None:
+    _kill(engine.processes)
+    if engine.guard is not None:
+        engine.guard.kill()
+        engine.guard.communicate()
 
 
 def _kill(processes: list[psutil.Process]) -> None:

@@ -190,7 +190,7 @@ def closing(run: Run, summary: dict) -> Markdown:
         + f"\n\nTraining ran at {summary['train_tokens_per_second']:,.0f} tokens/s (prompt and response, no padding); "
         f"peak memory of training {summary['peak_train_memory_bytes'] / 2**30:.1f} GiB.\n\n"
         f"In `{folder}/`: `config.json` (settings, versions, sizes), `metrics.jsonl` (one line a step), "
-        "`evaluations.jsonl` (one line an evaluation), `evaluations/` (one record a problem), `summary.json`, "
+        "`evaluations.jsonl` (one line an evaluation), `evaluations/` (one record a problem, gzip), `summary.json`, "
         f"`run.log`. {run.tracker.wandb_note}."
     )
 

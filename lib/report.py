@@ -1,6 +1,6 @@
 """Reads a folder of runs back and computes the report's numbers: tables, intervals, paired tests.
 
-The truth is in the files that the runs wrote (config.json, metrics.jsonl, evaluations.jsonl, evaluations/*.jsonl,
+The truth is in the files that the runs wrote (config.json, metrics.jsonl, evaluations.jsonl, evaluations/*.jsonl.gz,
 summary.json, failed.json). Pictures are in lib/figures.py, tables as text in lib/tables.py, sentences in
 lib/findings.py; this file draws and says nothing.
 """

@@ -404,7 +404,7 @@ def make_report(folder: Path, again: bool = False) -> Path:
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 over everything that the report is made from: the runs' files, the analysis and its code."""
-    found = [path for pattern in ("*/*.json", "*/*.jsonl", "*/evaluations/*.jsonl") for path in folder.glob(pattern)]
+    found = [path for pattern in ("*/*.json", "*/*.jsonl", "*/evaluations/*.jsonl*") for path in folder.glob(pattern)]
     code = [PROJECT_ROOT / "lib" / f"{name}.py" for name in ("report", "figures", "findings", "tables", "notebooks")]
     digest = hashlib.sha256()
     for path in [ANALYSIS_NOTEBOOK, *code, *sorted(found)]:

@@ -1,6 +1,7 @@
 """What a run leaves behind: its folder of JSON and JSON-lines files, and the same numbers in wandb."""
 
 import contextlib
+import gzip
 import json
 import os
 import secrets
@@ -73,7 +74,7 @@ class Tracker:
         for eval_step, (summary, records) in enumerate(parts, start=len(self.evaluations)):
             line = summary | {"eval_step": eval_step}
             if records is not None:
-                line["records"] = f"evaluations/{eval_step:03d}-{summary['split']}-{summary['decoding']}.jsonl"
+                line["records"] = f"evaluations/{eval_step:03d}-{summary['split']}-{summary['decoding']}.jsonl.gz"
                 _write_lines(self.run_dir / line["records"], records)
             lines.append(line)
         _append_lines(self.run_dir / "evaluations.jsonl", lines)
@@ -196,9 +197,10 @@ def _append_lines(path: Path, rows: list[dict]) -> None:
 
 
 def _write_lines(path: Path, rows: list[dict]) -> None:
-    """Write a file of rows whole: to a temporary name first, then renamed."""
+    """Write a file of rows whole: to a temporary name first, then renamed; compressed where its name ends in .gz."""
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     temporary.replace(path)
 
 
@@ -210,8 +212,9 @@ def read_lines(path: Path) -> list[dict]:
     """
     if not path.is_file():
         return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    rows, content = [], path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

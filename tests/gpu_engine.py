@@ -23,7 +23,7 @@ from lib.policy import load_policy, load_tokenizer
 def perturb(policy) -> None:
     with torch.no_grad():
         for p in policy.parameters():
-            p += 0.5 * p.std() * torch.randn_like(p)
+            p += 0.2 * p.std() * torch.randn_like(p)
 
 
 def is_refused(policy, engine, prompts) -> bool:

@@ -135,6 +135,25 @@ def test_tuning_problems_have_no_trace_and_are_not_validated_on(data_dir):
     assert tuning and not tuning & {e.problem for e in examples} and not tuning & {r["problem"] for r in validation}
 
 
+def test_a_problem_without_an_answer_is_no_tuning_problem_and_no_validation_problem(data_dir):
+    """MATH's own train.jsonl has one whose answer is empty; it can't be graded."""
+    rows = mini_rows("train.jsonl", 3000)
+    examples, _ = load_examples(data_dir)
+    whole = load_evaluation_problems(data_dir, "tuning", examples)
+    rows = [row | {"answer": " "} if row["unique_id"] == whole[0].id else row for row in rows]
+    write_rows(data_dir / "train.jsonl", rows)
+    assert load_evaluation_problems(data_dir, "tuning", examples) == whole[1:]
+    write_rows(data_dir / "validation.jsonl", rows)
+    with pytest.raises(UserError, match=r"validation\.jsonl, line \d+: 'answer' must be a text that is not empty"):
+        load_evaluation_problems(data_dir, "validation", examples)
+
+
+@needs_math
+def test_the_tuning_problems_of_math():
+    examples, _ = load_examples(MATH)
+    assert len(load_evaluation_problems(MATH, "tuning", examples)) == 7369
+
+
 @needs_math
 def test_the_sizes_of_math():
     examples, template = load_examples(MATH)

@@ -1,6 +1,7 @@
 """Real vLLM on the CPU: the engine holds the weights that were sent, and forgets what it computed with the old ones."""
 
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from lib.engine import EngineError, Sampling, generate, load_policy_into_vllm_in
 from lib.evaluate import encode_prompts, evaluate, log_generations, summarize
 from lib.grading import stop_workers
 from lib.policy import load_policy, load_tokenizer
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +220,22 @@ def test_an_engine_whose_process_ends_is_noticed(monkeypatch):
 def test_an_error_in_the_engine_comes_through():
     with pytest.raises(ZeroDivisionError):
         engines._watched(silent_engine(600), lambda: 1 / 0)
+
+
+def test_an_engines_processes_end_with_a_killed_notebook():
+    """vLLM's engine process outlives a parent that is killed (SIGKILL), and would keep the GPU's memory."""
+    program = """
+import subprocess, time
+import psutil
+from lib.engine import _guard
+engine = psutil.Popen(["sleep", "600"], start_new_session=True)
+guard = _guard([engine])
+print(engine.pid, guard.pid, flush=True)
+time.sleep(600)
+"""
+    notebook = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    engine, guard = (psutil.Process(int(pid)) for pid in notebook.stdout.readline().split())
+    assert engine.is_running() and guard.is_running()
+    notebook.kill()
+    _, alive = psutil.wait_procs([engine, guard], timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -1,6 +1,7 @@
 """The training notebook, executed by papermill as a user does it, with real vLLM at toy size."""
 
 import contextlib
+import gzip
 import ipaddress
 import json
 import os
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from lib.config import PARAMETERS, PROJECT_ROOT
+from lib.tracking import read_lines
 
 NOTEBOOK = PROJECT_ROOT / "notebooks" / "train.ipynb"
 # In the environment of every run below; none of it may be found in anything that a run writes.
@@ -30,10 +32,6 @@ def papermill(output: Path, folder: Path, **parameters) -> subprocess.CompletedP
         command += ["-p", name, str(value)]
     environment = os.environ | SECRETS | {"JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter")}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def text_of(notebook) -> str:
@@ -112,9 +110,9 @@ def test_the_run_folder_is_complete(executed):
     assert config["parameters"]["n"] == 16 and config["data"]["selected"] == 16
     assert set(config["parameters"]) == set(PARAMETERS)
     assert config["environment"]["versions"]["torch"].startswith("2.")
-    metrics = lines(run_dir / "metrics.jsonl")
+    metrics = read_lines(run_dir / "metrics.jsonl")
     assert [m["train_step"] for m in metrics] == [1, 2, 3, 4] and metrics[-1]["epoch"] == 2
-    evaluations = lines(run_dir / "evaluations.jsonl")
+    evaluations = read_lines(run_dir / "evaluations.jsonl")
     assert [(e["train_step"], e["split"], e["decoding"]) for e in evaluations] == [
         (0, "full", "sampled"),
         (0, "subset", "sampled"),
@@ -127,7 +125,7 @@ def test_the_run_folder_is_complete(executed):
         (4, "subset", "greedy"),
     ]
     for e in evaluations:
-        assert e["n"] == len(lines(run_dir / e["records"])) == {"full": 12, "subset": 8}[e["split"]]
+        assert e["n"] == len(read_lines(run_dir / e["records"])) == {"full": 12, "subset": 8}[e["split"]]
         assert e["sync_proof"]["mean_abs_difference"] <= e["sync_proof"]["tolerance"]
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["train_tokens"] == sum(m["tokens"] for m in metrics)
@@ -149,7 +147,7 @@ def test_no_secret_is_written(executed):
     files = [path for path in run_dir.parents[1].rglob("*") if path.is_file() and "data" not in path.parts]
     assert any(path.suffix == ".wandb" for path in files) and run_dir.with_suffix("") / "run.log" in files
     for path in files:
-        content = path.read_bytes()
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         for name, secret in SECRETS.items():
             assert secret.encode() not in content, f"{name} in {path}"
 
@@ -160,15 +158,15 @@ def test_a_second_run_reuses_the_base_and_repeats_the_curve(toy, executed):
     result = papermill(folder / "again.ipynb", folder, **settings, run_name="again", eval_beside_training=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Reused from" in text_of(nbformat.read(folder / "again.ipynb", as_version=4))
-    first, second = (lines(folder / "runs" / name / "metrics.jsonl") for name in ("n16", "again"))
+    first, second = (read_lines(folder / "runs" / name / "metrics.jsonl") for name in ("n16", "again"))
     assert [m["loss"] for m in first] == [m["loss"] for m in second]
-    reused = lines(folder / "runs/again/evaluations.jsonl")[0]
-    assert reused["eval_step"] == 0 and len(lines(folder / "runs/again" / reused["records"])) == reused["n"] == 12
-    evaluations = [lines(folder / "runs" / name / "evaluations.jsonl") for name in ("n16", "again")]
+    reused = read_lines(folder / "runs/again/evaluations.jsonl")[0]
+    assert reused["eval_step"] == 0 and len(read_lines(folder / "runs/again" / reused["records"])) == reused["n"] == 12
+    evaluations = [read_lines(folder / "runs" / name / "evaluations.jsonl") for name in ("n16", "again")]
     assert [e["train_step"] for e in evaluations[0]] == [e["train_step"] for e in evaluations[1]]
     for before, after in zip(*evaluations, strict=True):
         first, second = (
-            lines(folder / "runs" / name / e["records"]) for name, e in (("n16", before), ("again", after))
+            read_lines(folder / "runs" / name / e["records"]) for name, e in (("n16", before), ("again", after))
         )
         without = {"token_entropy": None} if before["train_step"] == 3 else {}  # the policy had moved on
         assert [record | without for record in first] == [record | without for record in second]
