@@ -13,7 +13,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "packed"
-PLAIN_ATTENTION = 1 << 18  # elements of a sequence's scores, heads included, up to which plain matrix products serve
 
 
 class Packing(NamedTuple):
@@ -114,25 +113,10 @@ def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, packing: Packing,
     for segment, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
         if packing.preamble and segment > 0:
             k, v = torch.cat([keys[0], k], dim=1), torch.cat([values[0], v], dim=1)
-        outputs.append(_attend(q, k, v, scaling))
+        new, total = q.shape[1], k.shape[1]  # the last `new` of `total` positions ask
+        visible = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling, enable_gqa=True))
     return torch.cat(outputs, dim=1)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of the last T of U positions: query (H, T, D), key and value (K, U, D) -> (H, T, D).
-
-    Plain products for short sequences: the backward pass of torch's fused CPU kernel is slow for them.
-    """
-    (heads, new, _), (groups, total, _) = query.shape, key.shape
-    visible = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
-    if heads * new * total > PLAIN_ATTENTION:
-        return scaled_dot_product_attention(
-            query[None], key[None], value[None], attn_mask=visible, scale=scaling, enable_gqa=True
-        )[0]
-    query = query.unflatten(0, (groups, heads // groups))  # (K, H / K, T, D)
-    scores = (query @ key[:, None].transpose(-1, -2)) * scaling
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value[:, None]).flatten(0, 1)
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -8,7 +8,6 @@ from conftest import mini_rows
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from lib import attention
 from lib import loss as losses
 from lib import policy as policy_module
 from lib.batching import Sequence, encode, make_batches, make_microbatches, number_of_steps, pack, shared_prefix_length
@@ -93,11 +92,9 @@ def sequences(tokenizer):
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("plain", [True, False])
-def test_packed_sequences_equal_the_reference(tiny_model, tokenizer, sequences, share_prefix, plain, monkeypatch):
+def test_packed_sequences_equal_the_reference(tiny_model, tokenizer, sequences, share_prefix):
     """Log-probs, entropies and gradients, every token with a weight of its own: none may see another sequence, lose
     a gradient in the prefix that all share, or stand at another position."""
-    monkeypatch.setattr(attention, "PLAIN_ATTENTION", 1 << 30 if plain else 0)
     prefix = shared_prefix_length(sequences) if share_prefix else 0
     assert prefix > 90 or not share_prefix
     policy = load_policy(str(tiny_model), "cpu")
