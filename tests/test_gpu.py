@@ -14,10 +14,13 @@ import torch
 from conftest import mini_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lib import checkpoint
 from lib.attention import _attend_at_once, _attend_in_turn, make_packing
-from lib.batching import encode, make_microbatches
-from lib.data import Example
+from lib.batching import encode, make_batches, make_microbatches
+from lib.config import resolve
+from lib.data import Example, load_examples
 from lib.policy import backward, load_policy, load_tokenizer
+from lib.train import make_optimizer, train_steps
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "lib" / "mini" / "model")
@@ -169,4 +172,37 @@ def test_a_compiled_step_on_the_gpu_equals_the_one_on_the_cpu():
     (ours, gradient), (expected, reference) = seen["cuda:0"], seen["cpu"]
     torch.testing.assert_close(ours, expected, rtol=0.01, atol=0.0)
     assert torch.cosine_similarity(gradient, reference, dim=0) > 0.999
+    torch.cuda.empty_cache()
+
+
+def test_a_resumed_run_ends_as_the_same_settings_do_twice(tmp_path, parameters):
+    """Eight steps at a stretch, twice, and once with a checkpoint after four: no further apart than the first two.
+
+    Kernels on a GPU add up in no fixed order, so the same settings give the same curve only to within rounding.
+    """
+    tokenizer = load_tokenizer(MODEL)
+    config = resolve(parameters | {"model": MODEL, "train_device": "cuda:0", "eval_device": "cuda:0", "batch_size": 8})
+    examples, _ = load_examples(Path(config.data_dir))
+    batches = make_batches(encode(examples, tokenizer, 512), 8, 2, 8, seed=0)
+
+    def losses(stop: int | None = None) -> list[float]:
+        policy = load_policy(MODEL, "cuda:0")
+        models = policy, *make_optimizer(policy, config, len(batches))
+        seen = []
+        for metrics in train_steps(*models, batches, config, len(examples)):
+            seen.append(metrics["loss"])
+            if len(seen) == stop:
+                checkpoint.save(tmp_path, stop, *models, "cuda:0", {"train_step": stop})
+                break
+        if stop is None:
+            return seen
+        policy = load_policy(MODEL, "cuda:0")
+        models = policy, *make_optimizer(policy, config, len(batches))
+        checkpoint.restore(checkpoint.latest(tmp_path), *models, "cuda:0")
+        return seen + [m["loss"] for m in train_steps(*models, batches, config, len(examples), done=stop)]
+
+    first, again, resumed = losses(), losses(), losses(stop=4)
+    noise = max(abs(a - b) for a, b in zip(first, again, strict=True))
+    assert len(resumed) == len(first) == 8
+    assert max(abs(a - b) for a, b in zip(first, resumed, strict=True)) <= max(3 * noise, 1e-3)
     torch.cuda.empty_cache()
