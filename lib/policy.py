@@ -36,6 +36,8 @@ def load_policy(model: str, device: str, trust_remote_code: bool = False) -> tor
         model, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
     ).to(device)
     policy.set_attn_implementation(attention.NAME)
+    if policy.config._attn_implementation != attention.NAME:  # transformers only warns
+        raise UserError(f"model={model!r}: its architecture takes no other attention, which packed sequences need")
     if device != "cpu":
         for layer in policy.get_decoder().layers:
             layer.compile(dynamic=True)  # lengths differ from microbatch to microbatch

@@ -64,7 +64,7 @@ def test_a_shared_preamble_counts_once_among_the_tokens_computed():
     alone = packed_flops(SHAPE, batch, 10_000, share_prefix=False)
     assert alone == computed_flops(SHAPE, sum(lengths), 10 + 21 + 35, sum(n**2 for n in lengths) / 2)
     (packed,) = make_microbatches(batch, 10_000)
-    assert packed.packing.preamble == 30
+    assert packed.packing.prefix == 30
     attended = 30**2 / 2 + sum(n**2 - 30**2 for n in lengths) / 2
     together = packed_flops(SHAPE, batch, 10_000, share_prefix=True)
     assert together == computed_flops(SHAPE, 30 + 19 + 30 + 44, 10 + 21 + 35, attended)

@@ -54,6 +54,7 @@ def test_run_names(parameters, n, filtered, seed, name):
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"microbatch_tokens": 1.5}, "microbatch_tokens=1.5"),
+        ({"eval_beside_training": 1}, "eval_beside_training=1"),
         ({"epochs": -1}, "epochs=-1"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"temperature": -0.1}, "temperature=-0.1"),

@@ -133,12 +133,12 @@ def test_the_notebook_runs_end_to_end(tmp_path):
     assert_nothing_left([], before)
 
 
-@pytest.mark.parametrize("preamble", [0, 90])
-def test_attention_of_uneven_sequences_equals_the_plain_one(preamble):
+@pytest.mark.parametrize("prefix", [0, 90])
+def test_attention_of_uneven_sequences_equals_the_plain_one(prefix):
     """FlashAttention's kernel over packed sequences against one sequence after the other, gradients included."""
     torch.manual_seed(0)
     lengths = [1, 17, 200, 64, 333]
-    packing, tokens = make_packing(preamble, lengths), preamble + sum(lengths)
+    packing, tokens = make_packing(prefix, lengths), prefix + sum(lengths)
     results = []
     inputs = [torch.randn(heads, tokens, 64, device="cuda", dtype=torch.bfloat16) for heads in (6, 2, 2)]
     weights = torch.randn(6, tokens, 64, device="cuda", dtype=torch.bfloat16)

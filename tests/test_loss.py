@@ -135,6 +135,17 @@ def test_logits_made_part_by_part_have_the_same_gradients(tiny_model, tokenizer,
     assert_same_gradients(policy, reference)
 
 
+def test_attention_that_is_more_than_causal_is_refused(tiny_model, sequences):
+    """Left out in silence, a window or a dropout would make training one of another model."""
+    policy, microbatch = load_policy(str(tiny_model), "cpu"), pack(sequences[:2])
+    layer = policy.get_decoder().layers[0].self_attn
+    layer.sliding_window = microbatch.packing.longest_key  # wide enough to change nothing
+    response_log_probs(policy, microbatch)
+    layer.sliding_window = 16
+    with pytest.raises(UserError, match="model: its attention has sliding_window"):
+        response_log_probs(policy, microbatch)
+
+
 def test_prompts_without_a_common_beginning_share_nothing(sequences):
     same = Sequence("a", list(range(40)), 30)
     assert shared_prefix_length([same, same]) == 29  # the last prompt token predicts the first of the response
@@ -230,9 +241,9 @@ def test_microbatches_hold_the_batch_within_their_budget(sequences):
     lengths = [int(m.packing.query_starts[-1]) for m in microbatches]
     responses = sum(s.response_length for s in sequences)
     assert len(microbatches) > 2 and sum(len(m.labels) for m in microbatches) == responses
-    prefix = microbatches[0].packing.preamble
+    prefix = microbatches[0].packing.prefix
     assert sum(length - prefix for length in lengths) == sum(len(s.token_ids) - 1 - prefix for s in sequences)
-    packed = [len(m.packing.query_starts) - 2 for m in microbatches]  # sequences: segments without the preamble
+    packed = [len(m.packing.query_starts) - 2 for m in microbatches]  # sequences: segments without the prefix
     assert sum(packed) == 10
     whole = [length + (n - 1) * prefix + n for length, n in zip(lengths, packed, strict=True)]  # tokens of the examples
     assert max(whole) <= 600 and min(whole) > 300  # of about equal size

@@ -181,11 +181,22 @@ def test_an_incomplete_evaluation_is_repeated_and_a_complete_one_is_not(settings
 def test_no_room_for_two_checkpoints_is_said_before_training(settings, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 1 << 10))
+    monkeypatch.setattr(runs.checkpoint, "BYTES_PER_SECOND", float("inf"))  # worth it from the first evaluation on
     with pytest.raises(UserError, match=r"checkpoint_interval: two checkpoints take .* GB free"):
         run_until(settings)
     run, _ = run_until(settings, checkpoint_interval=None)  # nobody asked for them: the run goes on without
     assert len(curve(run)) == 8 and run.note.startswith("No checkpoint since step 2: No space left")
     assert not (run.config.run_dir / "checkpoints").exists()
+
+
+def test_a_checkpoint_that_costs_more_than_the_training_is_not_made(settings, monkeypatch):
+    """18 GB of a 1.5 B model take longer to write than half a minute of training takes to repeat."""
+    monkeypatch.setattr(runs.checkpoint, "BYTES_PER_SECOND", 1.0)
+    run, _ = run_until(settings, checkpoint_interval=None, steps=7)
+    assert not (run.config.run_dir / "checkpoints").exists()
+    monkeypatch.setattr(runs.checkpoint, "BYTES_PER_SECOND", float("inf"))
+    run, _ = run_until(settings, checkpoint_interval=None, steps=7)
+    assert (run.config.run_dir / "checkpoints").exists()
 
 
 HOLD = """
