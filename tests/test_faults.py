@@ -410,14 +410,14 @@ def test_loss_not_a_number(folder, report):
 OUT_OF_MEMORY = """
 import torch
 from lib import train as training
-log_probs, count = training.response_log_probs, 0
+backward, count = training.backward, 0
 def too_large(*arguments):
     global count
     count += 1
     if count == 6:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-    return log_probs(*arguments)
-training.response_log_probs = too_large
+    return backward(*arguments)
+training.backward = too_large
 """
 
 
