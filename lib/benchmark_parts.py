@@ -220,9 +220,8 @@ def liger_backward(model, microbatch, normalize_constant: float, precision: str)
     """`lib.policy.backward` with Liger's fused linear cross-entropy, which gives no entropy."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    row = {"input_ids": microbatch.input_ids, "position_ids": microbatch.position_ids, "packing": microbatch.packing}
     with policy.autocast(microbatch.labels.device.type, precision):
-        states = model.get_decoder()(**row, use_cache=False).last_hidden_state[0, microbatch.response_positions]
+        states = policy._last_states(model, microbatch)[microbatch.response_positions]
         fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         loss = fused(model.get_output_embeddings().weight, states, microbatch.labels) / normalize_constant
     loss.backward()
