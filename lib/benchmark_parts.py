@@ -474,4 +474,5 @@ def run(settings) -> None:
     """Measure one part on the first GPU that its process sees, or on the CPU."""
     settings.device, settings.batch = "cuda:0" if torch.cuda.is_available() else "cpu", BATCH
     torch.manual_seed(settings.seed)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # padded lengths vary, and cuDNN would make a plan for each of them
     MEASURES[settings.part](settings)

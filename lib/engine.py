@@ -25,8 +25,9 @@ import torch
 from tqdm import tqdm
 
 from lib import locks
+from lib.batching import Sequence, pack
 from lib.logs import captured
-from lib.policy import as_written, autocast, named_weights
+from lib.policy import as_written, autocast, named_weights, response_log_probs
 
 STOP = "</answer>"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -175,6 +176,8 @@ def _prepare_gpu(device: str, train_device: str, gpu_memory_utilization: float) 
         # CUDA IPC handles travel to the engine's process, a child of this one, as pickles.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork of a process with threads may hang
+    # Recorded decoding steps take some hundred MiB beyond the share; recording them twice to know would cost 2 s.
+    os.environ["VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"] = "0"
     return {
         "device_ids": [int(device.split(":")[1])],
         "gpu_memory_utilization": gpu_memory_utilization,
@@ -419,16 +422,17 @@ def prove_sync(policy: torch.nn.Module, engine: Engine, prompts: list[list[int]]
     Returns tokens, mean and largest absolute difference (nats) and the tolerance; raises `EngineError` beyond it.
     """
     generations = generate(engine, prompts, Sampling(1.0, 1.0, new_tokens), log_probs=True)
-    differences = []
+    sequences = [
+        Sequence("", prompt_ids + generation.token_ids, len(prompt_ids))
+        for prompt_ids, generation in zip(prompts, generations, strict=True)
+    ]
     was_training = policy.training
     policy.eval()
-    for prompt_ids, generation in zip(prompts, generations, strict=True):
-        ids = torch.tensor([prompt_ids + generation.token_ids], device=engine.train_device)
-        with torch.no_grad(), as_written(policy), autocast(engine.train_device, engine.precision):
-            logits = policy(ids[:, :-1]).logits[0, len(prompt_ids) - 1 :].float()  # (new tokens, V)
-        chosen = logits.log_softmax(-1).gather(-1, ids[0, len(prompt_ids) :, None])[:, 0]
-        differences += (chosen.cpu() - torch.tensor(generation.log_probs)).abs().tolist()
+    with torch.no_grad(), as_written(policy), autocast(engine.train_device, engine.precision):
+        log_probs, _ = response_log_probs(policy, pack(sequences).to(engine.train_device))
     policy.train(was_training)
+    from_engine = torch.tensor([value for generation in generations for value in generation.log_probs])
+    differences = (log_probs.cpu() - from_engine).abs().tolist()
     mean = sum(differences) / len(differences)
     low, high = SYNC_TOLERANCE[engine.precision]
     tolerance = high if engine.rounding is None else min(max(4 * engine.rounding, low), high)

@@ -10,7 +10,7 @@ from pandas.io.formats.style import Styler
 from lib.config import describe_environment, shorten_path
 from lib.run import Run
 
-SECONDS_BETWEEN_DRAWINGS = 5.0
+SECONDS_BETWEEN_DRAWINGS = 10.0  # one takes 0.15 s, in which training waits
 
 
 def banner(run: Run) -> Markdown:
@@ -187,7 +187,8 @@ def closing(run: Run, summary: dict) -> Markdown:
     folder = shorten_path(str(run.config.run_dir))
     return Markdown(
         "\n".join(["| part | seconds |", "|---|---|", *parts])
-        + f"\n\nTraining ran at {summary['train_tokens_per_second']:,.0f} tokens/s (prompt and response, no padding); "
+        + f"\n\nTraining ran at {summary['train_tokens_per_second']:,.0f} tokens/s (prompt and response, no padding) "
+        f"and waited {summary['train_wait_share']:.1%} of its time for evaluations, syncs and drawing; "
         f"peak memory of training {summary['peak_train_memory_bytes'] / 2**30:.1f} GiB.\n\n"
         f"In `{folder}/`: `config.json` (settings, versions, sizes), `metrics.jsonl` (one line a step), "
         "`evaluations.jsonl` (one line an evaluation), `evaluations/` (one record a problem, gzip), `summary.json`, "

@@ -396,7 +396,7 @@ def examples(study: Study) -> pd.DataFrame:
 
 
 def costs(study: Study) -> pd.DataFrame:
-    """Seconds a stage, device-hours, tokens/s and peak memory of every finished run; a CPU counts as one device.
+    """Seconds a stage, device-hours, tokens/s, waiting and peak memory of every finished run; a CPU is one device.
 
     `evaluation` holds the base's (where the run measured it itself) and the sending of weights; `other` is the rest.
     """
@@ -415,6 +415,7 @@ def costs(study: Study) -> pd.DataFrame:
                 **stages,
                 "device_hours": len(devices) * seconds["total"] / 3600,
                 "tokens_per_second": run.summary.get("train_tokens_per_second"),
+                "wait_share": run.summary.get("train_wait_share", np.nan),
                 "peak_memory_gib": (run.summary.get("peak_train_memory_bytes") or np.nan) / 2**30,
             }
         )

@@ -221,6 +221,7 @@ def cost_table(study: Study) -> str:
         "evaluation": rows["evaluation"].map(duration),
         "device-hours": rows["device_hours"].map("{:.3f}".format),
         "training tokens/s": rows["tokens_per_second"].map("{:.0f}".format),
+        "training waits": rows["wait_share"].map(lambda share: "–" if pd.isna(share) else f"{share:.1%}"),
         "peak training memory": rows["peak_memory_gib"].map(lambda gib: "–" if pd.isna(gib) else f"{gib:.1f} GiB"),
     }
     return table(pd.DataFrame(shown))

@@ -53,10 +53,11 @@ def train_steps(
     the weights are touched, and for a GPU that is out of memory.
     """
     policy.train()
-    examples_seen = sum(map(len, batches[:done]))
+    examples_seen, ended = sum(map(len, batches[:done])), None
     packed = make_microbatches(batches[done], config.microbatch_tokens) if done < len(batches) else []
     for step, batch in enumerate(batches[done:], start=done + 1):
         started = time.perf_counter()
+        waited = 0.0 if ended is None else started - ended
         response_tokens = sum(s.response_length for s in batch)
         try:
             sums = _backward(policy, packed, response_tokens, config)
@@ -80,7 +81,8 @@ def train_steps(
         optimizer.zero_grad(set_to_none=True)
 
         examples_seen += len(batch)
-        seconds = time.perf_counter() - started
+        ended = time.perf_counter()
+        seconds = ended - started
         tokens = sum(len(s.token_ids) for s in batch)
         yield {
             "train_step": step,
@@ -94,6 +96,7 @@ def train_steps(
             "epoch": examples_seen / n_examples,
             "examples_seen": examples_seen,
             "seconds": seconds,
+            "wait_seconds": waited,  # since the step before: for evaluations, syncs, checkpoints, drawing
         }
 
 

@@ -85,6 +85,7 @@ def fabricate_run(folder, size, plan, seed=0, problems=400, subset=150, base=BAS
             "seconds": {"total": sum(seconds.values()), **seconds},  # the base's 10 s are among evaluate's 40
             "train_tokens": selected * epochs * 150,
             "train_tokens_per_second": 300 * BATCH_SIZE,
+            "train_wait_share": 0.03,
             "peak_train_memory_bytes": 2 * 2**30,
             "final_accuracy": final["accuracy"],
             "final_accuracy_low": final["accuracy_low"],

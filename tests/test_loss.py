@@ -1,6 +1,7 @@
 """The course's functions against a second route, and the training path against them: loss and gradients."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lib.batching import Sequence, encode, make_batches, make_microbatches, numb
 from lib.config import UserError, resolve
 from lib.data import Example, load_examples
 from lib.policy import backward, load_policy, load_tokenizer, named_weights, response_log_probs
+from lib.run import _wait_share
 from lib.train import TrainingError, evaluation_steps, make_optimizer, train_steps
 
 PROMPTS, OUTPUTS = ["What is 2 + 3?", "Compute 12."], [" 5", " 12 = 3 \\cdot 4 </answer>"]
@@ -212,6 +214,19 @@ def test_training_learns_and_the_schedule_ends_near_zero(parameters, data_dir, t
     rates = [m["learning_rate"] for m in metrics]
     assert max(rates) == pytest.approx(5e-3, rel=0.05) and rates[0] > 0 and rates[-1] < 0.05 * max(rates)
     assert metrics[-1]["examples_seen"] == 150 and metrics[-1]["epoch"] == 15
+
+
+def test_what_training_waits_between_two_steps_is_counted_apart(config, data_dir, tiny_model):
+    tokenizer, policy = load_tokenizer(str(tiny_model)), load_policy(str(tiny_model), "cpu")
+    sequences = encode(load_examples(data_dir)[0][:6], tokenizer, 512)
+    metrics = []
+    for step in train_steps(policy, *make_optimizer(policy, config, 3), [sequences] * 3, config, 6):
+        metrics.append(step)
+        time.sleep(0.5 if len(metrics) == 1 else 0)
+    assert metrics[0]["wait_seconds"] == 0 and 0.5 <= metrics[1]["wait_seconds"] < 0.7
+    assert metrics[2]["wait_seconds"] < 0.1
+    shares = _wait_share([{"seconds": 60.0}, {"seconds": 8.0, "wait_seconds": 2.0}, {"seconds": 10.0}])
+    assert shares == pytest.approx(0.1) and _wait_share([{"seconds": 60.0}]) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(config, data_dir, tiny_model):
