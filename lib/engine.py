@@ -7,6 +7,7 @@ Three ways for the weights, none over the disk:
 """
 
 import contextlib
+import functools
 import io
 import os
 import socket
@@ -23,8 +24,8 @@ from pathlib import Path
 import psutil
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lib import locks
 from lib.batching import Sequence, pack
 from lib.logs import captured
 from lib.policy import as_written, autocast, named_weights, response_log_probs
@@ -35,6 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # first proof showed, within these bounds. Rounding alone makes 0.001 to 0.05 in bf16, by model, and 0.00001 in fp32.
 SYNC_TOLERANCE = {"bf16": (0.03, 0.1), "fp32": (0.001, 0.001)}
 MOST_AT_ONCE = 1024  # responses that an engine on a GPU generates at a time
+BESIDE_WEIGHTS = 3 << 30  # bytes of activations, recorded steps and CUDA itself; 2.4 GiB were seen at 1.5 B parameters
 SECONDS_TO_REPORT = 10.0  # that an engine whose process ended, or that is shut down, has to say so itself
 
 
@@ -121,10 +123,10 @@ def init_vllm(
     if device == "cpu":
         settings |= _prepare_cpu()
     else:
-        settings |= _prepare_gpu(device, train_device, gpu_memory_utilization)
+        settings |= _prepare_gpu(model, device, train_device, precision, gpu_memory_utilization, trust_remote_code)
     affinity, set_num_threads = os.sched_getaffinity(0), torch.set_num_threads
     try:
-        with captured(log_file), alone_on(device):
+        with captured(log_file):
             from vllm import LLM
 
             llm = LLM(**settings)
@@ -141,22 +143,17 @@ def init_vllm(
     return Engine(llm, device, train_device, precision, log_file, seed, seconds, timeout, processes, guard)
 
 
-def alone_on(device: str):
-    """Context in which no other engine of this user starts or ends on a GPU.
-
-    vLLM measures how much memory its model needs by what the card has left, and would count another engine's.
-    """
-    return contextlib.nullcontext() if device == "cpu" else locks.one_at_a_time(f"engine-{device.replace(':', '-')}")
-
-
-def init_vllm_in_background(*arguments, log_file: Path, **settings) -> Future:
+def init_vllm_in_background(model: str, *devices: str, log_file: Path, **settings) -> Future:
     """Start an engine on a GPU while the caller goes on: a Future of what `init_vllm` returns or raises.
 
-    vLLM is imported before this returns: imports in two threads can meet each other's half-initialized modules.
+    Before this returns, vLLM is imported, since imports in two threads can meet each other's half-initialized modules,
+    and the model is measured, since making one sets torch's default type for all threads.
     """
     with captured(log_file):
         from vllm import LLM  # noqa: F401
-    return in_background(partial(init_vllm, *arguments, log_file=log_file, **settings))[0]
+
+        count_parameters(model, settings.get("trust_remote_code", False))
+    return in_background(partial(init_vllm, model, *devices, log_file=log_file, **settings))[0]
 
 
 def _prepare_cpu() -> dict:
@@ -167,20 +164,41 @@ def _prepare_cpu() -> dict:
     return {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 128}
 
 
-def _prepare_gpu(device: str, train_device: str, gpu_memory_utilization: float) -> dict:
-    """Settings of an engine in a process of its own on `device`, and of its weight transfer."""
+@functools.cache
+def count_parameters(model: str, trust_remote_code: bool = False) -> int:
+    """How many parameters a model has, tied ones once, by its configuration alone."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return sum(parameter.numel() for parameter in made.parameters())
+
+
+def _prepare_gpu(
+    model: str, device: str, train_device: str, precision: str, gpu_memory_utilization: float, trust_remote_code: bool
+) -> dict:
+    """Settings of an engine in a process of its own on `device`, and of its weight transfer.
+
+    Its key/value cache gets what its share of the memory leaves beside weights and activations. Left to itself vLLM
+    would find out by what the card has left, and count what other processes take or give back in these seconds.
+    """
     from vllm.config import WeightTransferConfig
 
     one_gpu = device == train_device
     if one_gpu:
         # CUDA IPC handles travel to the engine's process, a child of this one, as pickles.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    share = int(gpu_memory_utilization * torch.cuda.get_device_properties(device).total_memory)
+    cache = share - count_parameters(model, trust_remote_code) * DTYPES[precision].itemsize - BESIDE_WEIGHTS
+    if cache <= 0:
+        raise EngineError(
+            f"gpu_memory_utilization={gpu_memory_utilization}: {share / 2**30:.1f} GiB of {device} are too little for "
+            "the model's weights and activations"
+        )
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork of a process with threads may hang
-    # Recorded decoding steps take some hundred MiB beyond the share; recording them twice to know would cost 2 s.
-    os.environ["VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"] = "0"
     return {
         "device_ids": [int(device.split(":")[1])],
-        "gpu_memory_utilization": gpu_memory_utilization,
+        "gpu_memory_utilization": gpu_memory_utilization,  # refused at once where so much is not free
+        "kv_cache_memory_bytes": cache,
         "max_num_seqs": MOST_AT_ONCE,
         # Decoding steps of a few sizes are recorded (CUDA graphs), nothing is compiled: an engine of some minutes
         # would not win that time back.
@@ -464,7 +482,7 @@ def shutdown(engine: Engine) -> None:
         engine.call.join(SECONDS_TO_REPORT)  # on the CPU it ends with the response at hand
         if engine.call.is_alive():
             return
-    with captured(engine.log_file), alone_on(engine.device):
+    with captured(engine.log_file):
         if engine.transfer is not None:
             engine.transfer.shutdown()
             engine.transfer = None

@@ -1,10 +1,7 @@
-"""Locks between processes, which the system releases when their owner ends, however it ends: one process a folder,
-and one at a time at what several may do."""
+"""One process a folder: a lock that the system releases when its owner ends, however it ends."""
 
-import contextlib
 import fcntl
 import os
-import tempfile
 from pathlib import Path
 
 from lib.config import UserError, shorten_path
@@ -45,14 +42,6 @@ def release(folder: Path) -> None:
         if _is_current(folder, handle):
             (folder / NAME).unlink()
         os.close(handle)
-
-
-@contextlib.contextmanager
-def one_at_a_time(what: str):
-    """Wait until no other process of this user is inside a context of the same name."""
-    with open(Path(tempfile.gettempdir()) / f"sft-{os.getuid()}-{what}.lock", "a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 def _is_current(folder: Path, handle: int) -> bool:

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch._functorch import config as compiler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lib import attention
@@ -14,9 +13,6 @@ from lib.config import UserError
 from lib.loss import compute_entropy
 
 LOGITS_AT_ONCE = 1 << 28  # elements of the logits (tokens x vocabulary) that a backward pass holds
-# Share of what a compiled layer would keep for its backward pass: below 1 the compiler computes again what costs no
-# matrix product (norms, the product inside the MLP, bf16 copies of weights), a third of all at the 1.5 B shape.
-ACTIVATION_BUDGET = 0.7
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -43,7 +39,6 @@ def load_policy(model: str, device: str, trust_remote_code: bool = False) -> tor
     if policy.config._attn_implementation != attention.NAME:  # transformers only warns
         raise UserError(f"model={model!r}: its architecture takes no other attention, which packed sequences need")
     if device != "cpu":
-        compiler.activation_memory_budget = ACTIVATION_BUDGET
         for layer in policy.get_decoder().layers:
             layer.compile(dynamic=True)  # lengths differ from microbatch to microbatch
     return policy

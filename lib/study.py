@@ -51,6 +51,7 @@ class Job:
     run: Run
     execution: Execution
     started: float
+    place: dict = field(default_factory=dict)  # its devices, where the study chooses them
 
 
 @dataclass
@@ -283,9 +284,17 @@ def accuracy(folder: Path) -> str:
 
 
 def run_all(
-    runs: list[Run], folder: Path, notebook: Path = TRAIN_NOTEBOOK, every: float = 30.0, side_by_side: int = 1
+    runs: list[Run],
+    folder: Path,
+    notebook: Path = TRAIN_NOTEBOOK,
+    every: float = 30.0,
+    side_by_side: int = 1,
+    places: tuple[dict, ...] = ({},),
 ) -> Outcome:
-    """Make the runs that are not finished yet, up to `side_by_side` at a time; a failed one does not stop the rest."""
+    """Make the runs that are not finished yet, up to `side_by_side` at a time; a failed one does not stop the rest.
+
+    `places`: parameters that say on which devices a run may be; each takes those that the fewest others are on.
+    """
     outcome, progress = Outcome(), Progress(folder, every, side_by_side)
     waiting = [(f"[{place}/{len(runs)}] {run.name:<10}", run) for place, run in enumerate(runs, start=1)]
     jobs: list[Job] = []
@@ -298,9 +307,10 @@ def run_all(
                     continue
                 path = folder / run.name
                 progress.say(f"{label} started{' again: it was not finished' if path.is_dir() else ''}")
-                execution = Execution(notebook, path.with_suffix(".ipynb"), run.parameters, folder)
-                jobs.append(Job(label, run, execution, time.monotonic()))  # before its start, so that it is ended below
-                execution.start()
+                place = min(places, key=lambda place: sum(job.place == place for job in jobs))
+                execution = Execution(notebook, path.with_suffix(".ipynb"), run.parameters | place, folder)
+                jobs.append(Job(label, run, execution, time.monotonic(), place))
+                execution.start()  # after it is among the jobs, so that it is ended below
             progress.tick(jobs, [run for _, run in waiting])
             time.sleep(POLL)
             for job in [job for job in jobs if not job.execution.is_running()]:
@@ -309,6 +319,17 @@ def run_all(
     finally:
         end([job.execution for job in jobs])
     return outcome
+
+
+def find_places(settings: dict, side_by_side: int, given: set[str]) -> tuple[dict, ...]:
+    """Devices for runs side by side: on two GPUs every other run takes them the other way round, to use both evenly.
+
+    `settings`: the resolved ones that the runs share; `given`: names of what the user set.
+    """
+    train, evaluate = settings.get("train_device"), settings.get("eval_device")
+    if side_by_side == 1 or train == evaluate or given & {"train_device", "eval_device"}:
+        return ({},)
+    return tuple({"train_device": a, "eval_device": b} for a, b in ((train, evaluate), (evaluate, train)))
 
 
 def room(folder: Path, side_by_side: int) -> int:
@@ -365,12 +386,13 @@ def run_study(arguments: argparse.Namespace) -> Outcome:
     try:
         if left := sweep(folder):
             print(f"Ended {left} processes that a killed study had left behind.")
-        pending = [run for run in runs if not is_kept(run, folder)]
+        pending, places = [run for run in runs if not is_kept(run, folder)], ({},)
         if pending or arguments.match == "steps":
             settings = check_settings(pending[0] if pending else runs[0], defaults)
             runs = settled(runs, settings, arguments.match)
+            places = find_places(settings, arguments.jobs, set(shared))
         refuse_conflicts(runs, folder, defaults)
-        return run_all(runs, folder, notebook, side_by_side=arguments.jobs)
+        return run_all(runs, folder, notebook, side_by_side=arguments.jobs, places=places)
     finally:
         release(folder)
 
@@ -441,8 +463,9 @@ Stop it with Ctrl-C; the same command goes on where it stopped. Exit status: 0 a
     other_help = "any other parameter of notebooks/train.ipynb, for all runs; repeat it for more"
     option("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=other_help)
     jobs_help = (
-        "runs side by side, for GPUs with memory to spare. Where engines share a GPU, gpu_memory_utilization times N "
-        "must stay under about 0.9 (-p gpu_memory_utilization 0.25 for 3); on a CPU nothing is gained (default: 1)"
+        "runs side by side, for GPUs with memory to spare; on two GPUs every other run takes them the other way round. "
+        "-p gpu_memory_utilization must leave room for the policies beside the engines; on a CPU nothing is gained "
+        "(default: 1)"
     )
     option("--jobs", default=1, type=int, metavar="N", help=jobs_help)
     option("--report-only", action="store_true", help="run nothing, make the report again")

@@ -82,17 +82,15 @@ def test_weights_arrive_and_nothing_is_left():
 
 def test_nothing_is_left_after_a_bad_end():
     """An exception, an interrupt, a killed notebook and a killed engine, of four engines that live side by side."""
-    before, gpus = memory_used(), torch.cuda.device_count()
+    before = memory_used()
     ends = {"exception": "exception", "interrupt": "hang", "kill": "hang", "engine-killed": "engine-killed"}
-    processes, engine_processes = {}, []
-    for first in range(0, len(ends), gpus):  # one on each GPU: engines that start on one would count each other
-        names = list(ends)[first : first + gpus]
-        for gpu, name in enumerate(names):
-            processes[name] = start("cuda:0", f"cuda:{gpu}", ends[name], share=0.1)
-        for name in names:
-            line = processes[name].stdout.readline()
-            assert line, f"{name}: {processes[name].stderr.read()[-4000:]}"
-            engine_processes += json.loads(line)["engine"]
+    places = [place.values for place in PLACES] * len(ends)
+    processes = {name: start(*place, ends[name], share=0.1) for name, place in zip(ends, places, strict=False)}
+    engine_processes = []
+    for name, process in processes.items():
+        line = process.stdout.readline()
+        assert line, f"{name}: {process.stderr.read()[-4000:]}"
+        engine_processes += json.loads(line)["engine"]
     for name in ("exception", "engine-killed"):
         processes[name].stdin.write("go on\n")
         processes[name].stdin.flush()

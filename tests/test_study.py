@@ -460,6 +460,20 @@ def test_time_left_is_a_straight_line_over_examples():
     assert progress.left([job], [runs[1024]]) == f", about {study.clock(whole - 38 + rest)} left in all"
 
 
+def test_runs_side_by_side_use_two_gpus_evenly(stub, tmp_path):
+    two = {"train_device": "cuda:0", "eval_device": "cuda:1"}
+    turned = {"train_device": "cuda:1", "eval_device": "cuda:0"}
+    assert study.find_places(two, 2, set()) == (two, turned)
+    assert study.find_places(two, 1, set()) == ({},)
+    assert study.find_places(two, 2, {"eval_device"}) == ({},)  # the user chose
+    assert study.find_places({"train_device": "cpu", "eval_device": "cpu"}, 2, set()) == ({},)
+    put_base(tmp_path)
+    runs = study.plan(tmp_path, ("128", "256", "512", "1024"), shared={"sleep": 2}, notebook=stub)
+    study.run_all(runs, tmp_path, stub, side_by_side=4, places=({"learning_rate": 0.1}, {"learning_rate": 0.2}))
+    made_with = [json.loads((tmp_path / run.name / "config.json").read_text())["parameters"] for run in runs]
+    assert [parameters["learning_rate"] for parameters in made_with] == [0.1, 0.2, 0.1, 0.2]
+
+
 def test_time_left_side_by_side_is_shared_but_not_below_the_longest_run():
     progress = study.Progress(Path("nowhere"), side_by_side=2)
     runs = {n: study.Run(f"n{n}", {"n": n, "filtered": False}) for n in (128, 256, 1024)}
