@@ -173,9 +173,11 @@ def accuracy_curves(curves: pd.DataFrame, target: float | None = None):
     examples_axis(axes, [end[0] for end in ends] if len(trained) else [1], trained.min() if len(trained) else 1)
     percent(axes.yaxis)
     axes.set_ylabel("validation accuracy")
-    axes.set_ylim(bottom=0, top=max(curves["high"].max(), target or 0) * 1.06)
+    top = curves["high"].max()
+    near = bool(target) and target <= 2 * top  # a target far above would press all curves to the floor
+    axes.set_ylim(bottom=0, top=max(top, target if near else 0) * 1.06)
     if target:
-        target_line(axes, target)
+        target_line(axes, target, near)
     axes.margins(x=0.02)
     leave_room(axes)
     figure.draw_without_rendering()
@@ -183,15 +185,16 @@ def accuracy_curves(curves: pd.DataFrame, target: float | None = None):
     return figure, curves.drop(columns=["mean_token_entropy"], errors="ignore")
 
 
-def target_line(axes, target):
-    axes.axhline(target, color="black", linewidth=1, linestyle=(0, (1, 2)))
+def target_line(axes, target: float, near: bool):
+    """The target as a line, or in words at the top where it lies above the scale."""
+    name = f"the assignment's target, {target:.0%}".replace("%", " %")
+    if near:
+        axes.axhline(target, color="black", linewidth=1, linestyle=(0, (1, 2)))
+        place, name, offset = {"xycoords": axes.get_yaxis_transform()}, name, 3
+    else:
+        place, name, offset = {"xycoords": "axes fraction", "va": "top"}, f"{name}, lies above this scale", -2
     axes.annotate(
-        f"the assignment's target, {target:.0%}".replace("%", " %"),
-        (0.01, target),
-        (0, 3),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        path_effects=HALO,
+        name, (0.01, target if near else 1), (0, offset), textcoords="offset points", path_effects=HALO, **place
     )
 
 
@@ -452,7 +455,7 @@ def difference_split(comparison):
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(parts)), list(parts)[::-1])
     axes.set_ylim(-0.5, len(parts) - 0.3)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:+.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value * 100, 2):+g}"))
     axes.set_xlabel("percentage points of validation accuracy, 95 % paired bootstrap")
     bare_bars(axes)
     axes.grid(True, axis="x")

@@ -59,8 +59,9 @@ def title(study: Study) -> str:
 
 
 def finding(study: Study) -> str:
-    """The finding in two sentences with numbers, and a third on the target where there is one."""
-    return f"**Finding.** {finding_of_size(study)} {finding_of_filter(study)} {finding_of_target(study)}".strip()
+    """The finding in two sentences with numbers; one more on form where accuracy tells little, one on the target."""
+    sentences = [part(study) for part in (finding_of_size, finding_of_filter, finding_of_form, finding_of_target)]
+    return f"**Finding.** {' '.join(sentence for sentence in sentences if sentence)}"
 
 
 def unfiltered(study: Study) -> list[str]:
@@ -109,6 +110,23 @@ def finding_of_filter(study: Study) -> str:
         verb = "gains" if change.accuracy[0] > 0 else "loses"
         words = f"{verb} {abs(change.accuracy[0]) * 100:.1f} points ({evidence}), {main_source(change)}"
     return f"Keeping only the correct {counts} {words}."
+
+
+def finding_of_form(study: Study) -> str:
+    """How often answers have the right form, where training taught that and no difference in accuracy is clear."""
+    sizes, table = unfiltered(study), final(study)
+    pairs = [(sizes[0], sizes[-1])] if sizes else []
+    pairs += [("full", "filtered")] if {"full", "filtered"} <= set(study.sizes) else []
+    changes = [compare(study, *pair) for pair in pairs]
+    rows = table.loc[[size for size in ("base", *sizes[-1:], "filtered") if size in table.index]]
+    learned = rows["format_low"] > rows["format_high"].get("base", 1.0)
+    if any(change and change.clear for change in changes) or not learned.any():
+        return ""
+    shares = [
+        f"{with_interval(row['format_rate'], row['format_low'], row['format_high'])} with {named(size)}"
+        for size, row in rows.iterrows()
+    ]
+    return f"What training does teach is the form: answers have the right one in {listed(shares)}."
 
 
 def main_source(change: Comparison) -> str:
@@ -432,7 +450,7 @@ def cost_words(study: Study) -> str:
     names = sorted({str(run.environment.get("train_device_name", "an unnamed device")) for run in study.finished})
     hours = rows["device_hours"].sum()
     runs = f"The {len(rows)} runs took" if len(rows) > 1 else "The run took"
-    text = f"{runs} {duration(rows['total'].sum())} on {listed(names)}: {hours:.2f} device-hours."
+    text = f"{runs} {duration(rows['total'].sum())} on {listed(names)}, added up run by run: {hours:.2f} device-hours."
     if all(str(run.environment.get("train_device", "cpu")).startswith("cpu") for run in study.finished):
         return f"{text} No GPU was used, so this says nothing about the assignment's {BUDGET} H100 hours."
     if not all("H100" in name for name in names):

@@ -10,7 +10,7 @@ from pandas.io.formats.style import Styler
 from lib.config import describe_environment, shorten_path
 from lib.run import Run
 
-SECONDS_BETWEEN_DRAWINGS = 10.0  # one takes 0.15 s, in which training waits
+SHARE_OF_TIME = 0.01  # that drawing may take: training waits for it
 
 
 def banner(run: Run) -> Markdown:
@@ -59,7 +59,7 @@ class LiveView:
         self.total = len(run.batches)
         self.done_before = len(run.tracker.metrics)  # by a stopped run that this one goes on with
         self.started = time.perf_counter()
-        self.drawn = 0.0
+        self.drawn, self.cost = 0.0, 0.0  # when it was last drawn, and how long that took
         self.progress = display(HTML(""), display_id=True)
         self.figure, self.axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
         self.picture = display(self.figure, display_id=True)
@@ -67,13 +67,14 @@ class LiveView:
         self.redraw()
 
     def update(self) -> None:
-        """Redraw after a step where the last drawing is some seconds old."""
-        if len(self.tracker.metrics) == self.total or time.perf_counter() - self.drawn > SECONDS_BETWEEN_DRAWINGS:
+        """Redraw after the last step, and after others as time allows."""
+        affordable = self.cost <= SHARE_OF_TIME * (time.perf_counter() - self.drawn)
+        if affordable or len(self.tracker.metrics) == self.total:
             self.redraw()
 
     def redraw(self) -> None:
         """Draw what the run has logged; the curve follows the subset at the course's temperature."""
-        self.drawn = time.perf_counter()
+        started = time.perf_counter()
         metrics = self.tracker.metrics
         evaluations = [
             line
@@ -100,6 +101,8 @@ class LiveView:
         accuracy_axis.set_ylim(0, 100)
         accuracy_axis.legend(frameon=False, loc="best")
         self.picture.update(self.figure)
+        self.drawn = time.perf_counter()
+        self.cost = self.drawn - started
 
     def _progress_line(self) -> str:
         done = len(self.tracker.metrics)

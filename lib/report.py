@@ -431,8 +431,13 @@ def missing_sizes(study: Study) -> list[str]:
 
 
 def settings(study: Study, part: str) -> pd.DataFrame:
-    """Settings of the finished runs; rows are settings, columns runs. `part`: "parameters" or "environment"."""
+    """Settings of the finished runs; rows are settings, columns runs. `part`: "parameters" or "environment".
+
+    Which of a machine's GPUs a run had is no setting: runs side by side take turns.
+    """
     table = pd.DataFrame({run.name: flat(getattr(run, part)) for run in study.finished}, dtype=object)
+    devices = table.index.intersection(["train_device", "eval_device"])
+    table.loc[devices] = table.loc[devices].map(lambda device: str(device).partition(":")[0])
     own = OWN_PARAMETERS | {"git_dirty"} | ({"epochs"} if steps_matched(study) else set())
     return table.drop(index=own, errors="ignore")
 

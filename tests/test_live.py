@@ -1,8 +1,12 @@
-"""What the training notebook shows of a model's text."""
+"""What the training notebook shows: a model's text, and how often it draws."""
 
 from types import SimpleNamespace
 
+from lib import live
 from lib.live import generations_table
+
+EVALUATION = {"split": "subset", "decoding": "sampled", "train_step": 0, "n": 10, "format_rate": 0.5}
+EVALUATION |= {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}
 
 
 def test_a_models_text_is_shown_not_rendered():
@@ -13,3 +17,22 @@ def test_a_models_text_is_shown_not_rendered():
     assert "&lt;/think&gt; &lt;answer&gt; 2 &lt;/answer&gt;" in page
     assert "<script>" not in page and "<answer>" not in page
     assert "<table" in generations_table(SimpleNamespace(shown_ids=set()), [], []).to_html()
+
+
+def test_drawing_takes_one_percent_of_the_time_and_the_last_step_is_drawn(monkeypatch):
+    now, drawings = [0.0], []
+    monkeypatch.setattr(live, "display", lambda *_, **__: SimpleNamespace(update=lambda _: drawings.append(now[0])))
+    monkeypatch.setattr(live.time, "perf_counter", lambda: now[0])
+    tracker = SimpleNamespace(metrics=[], evaluations=[EVALUATION])
+    view = live.LiveView(SimpleNamespace(tracker=tracker, batches=[None] * 100, note=""))
+    drawings.clear()
+    view.cost = 0.2
+    for step in range(1, 101):
+        now[0] += 1.0
+        tracker.metrics.append({"train_step": step, "loss": 1.0})
+        view.update()
+        view.cost = 0.2  # the clock stands still while it draws
+    assert sorted(set(drawings)) == [20, 40, 60, 80, 100]
+    view.cost = 1000.0
+    view.update()
+    assert drawings[-1] == now[0]

@@ -256,6 +256,19 @@ def test_the_second_sentence_follows_the_outcome_of_filtering_and_its_source(tmp
     assert "1370 of 1707 traces" in words
 
 
+def test_form_is_the_finding_only_where_it_was_learned_and_accuracy_tells_little(tmp_path):
+    least, full, filtered, base = Plan(0.7, 0), Plan(0.8, 0), Plan(0.98, 0), Plan(0, 0, truncated=0.9)
+    taught = report.load(fabricate(tmp_path / "a", {"n128": least, "full": full, "filtered": filtered}, base=base))
+    row = report.final(taught).loc["filtered"]
+    said = f"{row['format_rate'] * 100:.1f} % ({row['format_low'] * 100:.1f}–{row['format_high'] * 100:.1f})"
+    assert f"and {said} with the filtered set." in findings.finding_of_form(taught)
+    assert findings.finding_of_form(taught) in findings.finding(taught)
+    untaught = report.load(fabricate(tmp_path / "b", {"full": base, "filtered": base}, base=base))
+    assert findings.finding_of_form(untaught) == ""
+    clear = report.load(fabricate(tmp_path / "c", {"n128": WEAK, "full": STRONG}, base=base))
+    assert findings.finding_of_form(clear) == ""
+
+
 def test_which_part_is_clear_is_said_for_each_case():
     clear, unclear = (0.1, 0.05, 0.15), (0.01, -0.03, 0.05)
     change = report.Comparison(*PAIR, 100, 1, clear, clear, clear, 1, 2, 0.5, pd.DataFrame())
@@ -375,6 +388,18 @@ def test_a_setting_that_differs_is_named_with_its_values(tmp_path):
     assert "`n`" not in said and "`filtered`" not in said
 
 
+def test_which_gpu_a_run_had_is_no_difference_but_a_gpu_and_a_cpu_are(tmp_path):
+    devices = {"n128": ("cuda:0", "cuda:1"), "n256": ("cuda:1", "cuda:0"), "full": ("cpu", "cpu")}
+    for size, (train, evaluate) in devices.items():
+        plan = Plan(0.8, 0.6, parameters={"train_device": train, "eval_device": evaluate})
+        fabricate_run(tmp_path, size, plan)
+        if size == "n256":
+            assert "differ" not in findings.gaps(report.load(tmp_path))
+    assert "**Settings differ** in `train_device`: cuda (n128 and n256); cpu (full)" in findings.gaps(
+        report.load(tmp_path)
+    )
+
+
 def test_versions_and_uncommitted_code_are_named(tmp_path):
     fabricate(tmp_path, {"n128": PLANS["n128"], "full": PLANS["full"]})
     config = json.loads((tmp_path / "full/config.json").read_text())
@@ -457,6 +482,17 @@ def test_more_examples_are_darker(study):
     shades = [figures.shade(size) for size in ("n128", "n256", "n512", "n1024", "full")]
     luminance = [0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue, _ in shades]
     assert luminance == sorted(luminance, reverse=True)
+
+
+@pytest.mark.parametrize(("scale", "far"), [(1, False), (0.05, True)])
+def test_a_target_far_above_all_curves_is_named_without_pressing_them_down(study, scale, far):
+    curves = report.curves(study)
+    curves[["accuracy", "low", "high"]] *= scale
+    figure, _ = figures.accuracy_curves(curves, target=0.15)
+    (axes,) = figure.axes
+    said = [text.get_text() for text in axes.texts if "target, 15 %" in text.get_text()]
+    assert said == ["the assignment's target, 15 %" + (", lies above this scale" if far else "")]
+    assert (axes.get_ylim()[1] > 0.15) != far
 
 
 def test_every_figure_is_published_as_png_svg_and_its_data(study, tmp_path):
