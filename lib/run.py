@@ -34,8 +34,8 @@ from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.policy import load_policy, load_tokenizer
 from lib.resume import hash_batches, read_past
-from lib.tracking import Tracker, read_lines
-from lib.train import evaluation_steps, make_optimizer, train_steps
+from lib.tracking import Tracker, read_lines, write_lines
+from lib.train import evaluation_steps, make_optimizer, out_of_memory, train_steps
 
 BASE = {"train_step": 0, "epoch": 0.0, "examples_seen": 0}  # the position of the untrained model
 PROOF_PROMPTS = 8
@@ -112,10 +112,7 @@ def _explain(error: BaseException, config: RunConfig) -> RunError | None:
             f"in {folder}; free some space and run the same again: it goes on from its last checkpoint."
         )
     if isinstance(error, torch.OutOfMemoryError):
-        return RunError(
-            f"{config.train_device} is out of memory; lower microbatch_tokens={config.microbatch_tokens} (the results "
-            f"stay the same), or gpu_memory_utilization={config.gpu_memory_utilization} where the engine shares it"
-        )
+        return RunError(out_of_memory(config))
     return None
 
 
@@ -399,8 +396,7 @@ def evaluate_base(run: Run) -> tuple[list[dict], str]:
     (partial_folder / "evaluations").mkdir(parents=True)
     for line in lines:
         (partial_folder / line["records"]).write_bytes((run.config.run_dir / line["records"]).read_bytes())
-    rows = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (partial_folder / stored.name).write_text(rows, encoding="utf-8")
+    write_lines(partial_folder / stored.name, lines)
     write_json(partial_folder / "settings.json", settings | {"measured_by": run.config.run_name})
     _publish_base(partial_folder, folder)
     return lines, f"Measured now, and kept in {shorten_path(str(folder))} for later runs."

@@ -52,8 +52,8 @@ class Tracker:
         written = {"parameters": config.to_dict(), "environment": environment, "data": data_sizes}
         write_json(self.run_dir / "config.json", written | {"wandb_id": wandb_id, "resumed": self.resumed})
         if past is not None:
-            _write_lines(self.run_dir / "metrics.jsonl", self.metrics)
-            _write_lines(self.run_dir / "evaluations.jsonl", self.evaluations)
+            write_lines(self.run_dir / "metrics.jsonl", self.metrics)
+            write_lines(self.run_dir / "evaluations.jsonl", self.evaluations)
             (self.run_dir / "failed.json").unlink(missing_ok=True)
         self._start_wandb(environment, data_sizes, wandb_id)
 
@@ -75,7 +75,7 @@ class Tracker:
             line = summary | {"eval_step": eval_step}
             if records is not None:
                 line["records"] = f"evaluations/{eval_step:03d}-{summary['split']}-{summary['decoding']}.jsonl.gz"
-                _write_lines(self.run_dir / line["records"], records)
+                write_lines(self.run_dir / line["records"], records)
             lines.append(line)
         _append_lines(self.run_dir / "evaluations.jsonl", lines)
         self.evaluations += lines
@@ -196,7 +196,7 @@ def _append_lines(path: Path, rows: list[dict]) -> None:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _write_lines(path: Path, rows: list[dict]) -> None:
+def write_lines(path: Path, rows: list[dict]) -> None:
     """Write a file of rows whole: to a temporary name first, then renamed; compressed where its name ends in .gz."""
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     temporary = path.with_name(path.name + ".tmp")

@@ -72,11 +72,7 @@ def train_steps(
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
         except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"step {step}: {config.train_device} is out of memory; lower "
-                f"microbatch_tokens={config.microbatch_tokens} (the results stay the same), or gpu_memory_utilization "
-                "where the engine shares this GPU"
-            ) from error
+            raise TrainingError(f"step {step}: {out_of_memory(config)}") from error
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -98,6 +94,14 @@ def train_steps(
             "seconds": seconds,
             "wait_seconds": waited,  # since the step before: for evaluations, syncs, checkpoints, drawing
         }
+
+
+def out_of_memory(config: RunConfig) -> str:
+    """What to do about a full GPU."""
+    return (
+        f"{config.train_device} is out of memory; lower microbatch_tokens={config.microbatch_tokens} (the results stay "
+        f"the same), or gpu_memory_utilization={config.gpu_memory_utilization} where the engine shares this GPU"
+    )
 
 
 def _backward(

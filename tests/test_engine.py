@@ -239,3 +239,16 @@ time.sleep(600)
     notebook.kill()
     _, alive = psutil.wait_procs([engine, guard], timeout=10)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize(("train_device", "backend"), [("cuda:0", "nccl"), ("cuda:1", "ipc")])
+def test_an_engines_memory_on_a_gpu_is_planned_and_not_measured(monkeypatch, tiny_model, train_device, backend):
+    """Measured, it would depend on what other processes take and give back while the engine starts."""
+    card = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {"cuda:1": card}.__getitem__)
+    weights = sum(p.numel() for p in load_policy(str(tiny_model), "cpu").parameters())  # tied ones once
+    settings = engines._prepare_gpu(str(tiny_model), "cuda:1", train_device, "bf16", 0.25, False)
+    assert settings["kv_cache_memory_bytes"] == (20 << 30) - 2 * weights - engines.BESIDE_WEIGHTS
+    assert settings["device_ids"] == [1] and settings["weight_transfer_config"].backend == backend
+    with pytest.raises(EngineError, match=r"gpu_memory_utilization=0.03: 2.4 GiB of cuda:1 are too little"):
+        engines._prepare_gpu(str(tiny_model), "cuda:1", train_device, "bf16", 0.03, False)

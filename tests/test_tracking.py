@@ -23,13 +23,13 @@ def test_a_models_text_does_not_end_a_line(tmp_path):
 def test_records_are_kept_compressed_and_the_same_rows_are_the_same_bytes(tmp_path):
     rows = [{"id": str(i), "response": "the same words again " * 20} for i in range(50)]
     path, plain = tmp_path / "records.jsonl.gz", tmp_path / "records.jsonl"
-    tracking._write_lines(path, rows)
-    tracking._write_lines(plain, rows)
+    tracking.write_lines(path, rows)
+    tracking.write_lines(plain, rows)
     assert read_lines(path) == read_lines(plain) == rows
     assert path.stat().st_size < plain.stat().st_size / 5
     first = path.read_bytes()
     time.sleep(1.1)  # gzip would write down the time
-    tracking._write_lines(path, rows)
+    tracking.write_lines(path, rows)
     assert path.read_bytes() == first
 
 
