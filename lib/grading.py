@@ -146,7 +146,7 @@ def ask_workers(questions: list[tuple], workers: int | None, timeout: float, mem
             try:
                 futures = {question: ask(pool, question, timeout) for question in questions if question not in answers}
                 for question, future in futures.items():
-                    answer = wait(future)
+                    answer = wait(pool, future)
                     if answer is not None:
                         answers[question] = answer
             except BaseException:  # an interrupted call leaves nothing running
@@ -167,16 +167,23 @@ def ask(pool, question: tuple, timeout: float) -> Future | None:
         return None
 
 
-def wait(future: Future | None) -> bool | None:
+def wait(pool, future: Future | None) -> bool | None:
     """Return a worker's answer; None where the worker died, be it of this question or killed from outside."""
     from pebble import ProcessExpired
 
-    try:
-        return None if future is None else future.result()
-    except (ProcessExpired, BrokenProcessPool):
-        return None
-    except Exception:  # a limit, or no expression at all
-        return False
+    while future is not None:
+        try:
+            return future.result(timeout=1.0)
+        except (ProcessExpired, BrokenProcessPool):
+            return None
+        except TimeoutError:
+            if future.done():  # the worker's limit
+                return False
+            if not pool.active:  # it broke between taking the question and handing it to a worker
+                return None
+        except Exception:  # another limit, or no expression at all
+            return False
+    return None
 
 
 def worker_pool(workers: int, memory_bytes: int):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
 
@@ -454,6 +455,22 @@ def test_grading_works_in_any_thread():
     thread.start()
     thread.join()
     assert verdicts == [True]
+
+
+def test_a_question_that_is_lost_with_its_pool_is_asked_again(monkeypatch):
+    """A pool that breaks while questions wait for it forgets those that no worker had yet: nobody answers them."""
+    ask, lost = grading.ask, []
+
+    def lose_once(pool, question, timeout):
+        if lost:
+            return ask(pool, question, timeout)
+        pool.stop()
+        lost.append(Future())
+        return lost[0]
+
+    monkeypatch.setattr(grading, "ask", lose_once)
+    rewards = grade_many([f"</think> <answer>1+{x}^2</answer>" for x in "xy"], ["x^2+1", "y^2+2"])
+    assert lost and [reward["reward"] for reward in rewards] == [1, 0]
 
 
 def test_workers_stay_for_the_next_call_and_leave_with_the_process():
