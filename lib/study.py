@@ -238,7 +238,8 @@ class Progress:
             ahead.append(max(whole - (self.last - job.started), 0.0))
         rest = sum(self.expected(run) if self.done else longest for run in pending)
         seconds = max(*ahead, (sum(ahead) + rest) / self.side_by_side)
-        return f", about {clock(seconds)} left in all"
+        # Nothing is known of a last evaluation, which no step measures.
+        return f", about {clock(seconds)} left in all" if seconds >= 1 else ""
 
     def by_steps(self, job: Job) -> float:
         """Seconds that the whole run takes if its steps go on as they did; 0 before the first."""
