@@ -188,14 +188,13 @@ def accuracy_curves(curves: pd.DataFrame, target: float | None = None):
 def target_line(axes, target: float, near: bool):
     """The target as a line, or in words at the top where it lies above the scale."""
     name = f"the assignment's target, {target:.0%}".replace("%", " %")
+    shared = {"textcoords": "offset points", "path_effects": HALO}
     if near:
         axes.axhline(target, color="black", linewidth=1, linestyle=(0, (1, 2)))
-        place, name, offset = {"xycoords": axes.get_yaxis_transform()}, name, 3
+        axes.annotate(name, (0.01, target), (0, 3), xycoords=axes.get_yaxis_transform(), **shared)
     else:
-        place, name, offset = {"xycoords": "axes fraction", "va": "top"}, f"{name}, lies above this scale", -2
-    axes.annotate(
-        name, (0.01, target if near else 1), (0, offset), textcoords="offset points", path_effects=HALO, **place
-    )
+        name += ", lies above this scale"
+        axes.annotate(name, (0.01, 1), (0, -2), xycoords="axes fraction", va="top", **shared)
 
 
 def leave_room(axes, share: float = 0.12):

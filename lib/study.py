@@ -308,7 +308,7 @@ def run_all(
                     continue
                 path = folder / run.name
                 progress.say(f"{label} started{' again: it was not finished' if path.is_dir() else ''}")
-                place = min(places, key=lambda place: sum(job.place == place for job in jobs))
+                place = min(places, key=[job.place for job in jobs].count)
                 execution = Execution(notebook, path.with_suffix(".ipynb"), run.parameters | place, folder)
                 jobs.append(Job(label, run, execution, time.monotonic(), place))
                 execution.start()  # after it is among the jobs, so that it is ended below
