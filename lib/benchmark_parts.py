@@ -166,7 +166,8 @@ def batches_of(settings, tokenizer, size: int = BATCH) -> list[list[batching.Seq
 def config_of(settings) -> SimpleNamespace:
     """What `lib.train` asks of a run's settings."""
     rates = {"learning_rate": 1e-5, "weight_decay": 0.0, "warmup_ratio": 0.0, "gradient_clip": 1.0, "precision": "bf16"}
-    return SimpleNamespace(train_device=settings.device, microbatch_tokens=settings.microbatch_tokens, **rates)
+    device = {"train_device": settings.device, "gpu_memory_utilization": 0.0}  # no engine is beside it
+    return SimpleNamespace(**device, microbatch_tokens=settings.microbatch_tokens, **rates)
 
 
 def our_steps(model, batches, settings, share_prefix: bool) -> list[dict]:

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
+import psutil
+
 from lib.algebra import are_equal
 from lib.answers import compare
 from lib.config import UserError
@@ -216,8 +218,13 @@ def stop_workers() -> None:
 
 
 def start_worker(memory_bytes: int) -> None:
-    """Limit the memory of a worker process and import what it needs before any clock runs."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    """Limit the memory of a worker process and import what it needs before any clock runs.
+
+    A spawned process imports its parent's main module first, which may hold gigabytes of address space (PyTorch with
+    CUDA): the limit counts from there.
+    """
+    limit = psutil.Process().memory_info().vms + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     are_equal("x+1", "1+x")
 

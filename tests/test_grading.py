@@ -448,6 +448,21 @@ def test_the_smallest_memory_is_enough_for_ordinary_answers():
     assert grade_many([response], ["x+1"], workers=1, memory_bytes=grading.SMALLEST_MEMORY)[0]["reward"] == 1
 
 
+def test_a_main_module_with_much_address_space_grades_too(tmp_path):
+    """Workers import it before their limit is set, as a script's PyTorch with CUDA (the benchmark met this)."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import mmap\n"
+        "mapped = mmap.mmap(-1, 8 << 30)\n"
+        "from lib.grading import grade_many\n"
+        "if __name__ == '__main__':\n"
+        "    print(grade_many(['</think> <answer>1+x</answer>'], ['x+1'], workers=1)[0]['reward'])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    printed = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
+    assert printed.stdout == "1.0\n", printed.stderr
+
+
 def test_grading_works_in_any_thread():
     """math-verify's own time limit raises outside the main thread."""
     verdicts = []
