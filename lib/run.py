@@ -67,6 +67,7 @@ class Run:
     starting: Future | None = None  # of an engine that starts while the policy is loaded
     engine: engines.Engine | None = None
     seconds: dict = field(default_factory=dict)
+    proven: bool = False  # whether an evaluation has recorded its proof of sync
     pending: "Pending | None" = None  # the evaluation that goes on beside training
     note: str = ""  # what the reader should know beside the numbers
 
@@ -224,6 +225,9 @@ def start(run: Run) -> str:
             checkpoint.check_space(config.run_dir, run.policy)
     with run.recorded("engine_start"):
         run.engine = run.starting.result() if run.starting else start_engine(run, run.log_file)
+    if config.eval_device != "cpu":
+        # The first weights open the way (NCCL) and warm up what proves it: a second that training would wait for later.
+        _send_weights(run, prove=True)
     if found is None:
         return "A new run."
     return f"Resumed after step {len(past.metrics)} of {len(run.batches)}, where a stopped run had its last checkpoint."
@@ -301,11 +305,8 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
     """
     finish_evaluation(run)
     config, random_state = run.config, torch.get_rng_state()
-    with run.recorded("sync"):
-        sync = {"sync": engines.load_policy_into_vllm_instance(run.policy, run.engine), "proof": None}
-        if config.verify_sync == "always" or run.engine.synced == 1:
-            prompts = run.prompts[:: len(run.prompts) // PROOF_PROMPTS or 1]
-            sync["proof"] = engines.prove_sync(run.policy, run.engine, prompts)
+    sync = _send_weights(run, prove=config.verify_sync == "always" or not run.proven)
+    run.proven = True
     final = position["train_step"] in (0, len(run.batches))
     future, _ = engines.in_background(partial(_generate, run, position["train_step"], final))
     run.pending = Pending(position, sync, future)
@@ -314,6 +315,14 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
     lines = finish_evaluation(run)
     torch.set_rng_state(random_state)  # training draws its random numbers as if nothing had been evaluated
     return lines
+
+
+def _send_weights(run: Run, prove: bool) -> dict:
+    """Send the policy's weights to the engine: the seconds that took (`sync`), and its proof or None."""
+    with run.recorded("sync"):
+        seconds = engines.load_policy_into_vllm_instance(run.policy, run.engine)
+        prompts = run.prompts[:: len(run.prompts) // PROOF_PROMPTS or 1]
+        return {"sync": seconds, "proof": engines.prove_sync(run.policy, run.engine, prompts) if prove else None}
 
 
 def finish_evaluation(run: Run) -> list[dict]:
