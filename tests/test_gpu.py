@@ -1,4 +1,7 @@
-"""The engine on one and on two GPUs, and what it leaves behind. Run with `pytest -m gpu` on a machine that has them."""
+"""The engine on one and on two GPUs, and what it leaves behind: `pytest -m gpu` on a machine whose GPUs nobody else uses.
+
+Memory is compared card by card, so a run that begins or grows meanwhile counts as left behind.
+"""
 
 import json
 import os
