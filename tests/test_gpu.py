@@ -1,4 +1,4 @@
-"""The engine on one and on two GPUs, and what it leaves behind: `pytest -m gpu` on a machine whose GPUs nobody else uses.
+"""The engine on one and on two GPUs, and what it leaves behind: `pytest -m gpu` where nobody else uses the GPUs.
 
 Memory is compared card by card, so a run that begins or grows meanwhile counts as left behind.
 """
