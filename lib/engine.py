@@ -62,7 +62,6 @@ class Engine:
     call: threading.Thread | None = None  # the latest call into vLLM
     source: object = None  # on GPUs: what vLLM's weight transfer sends
     transfer: object = None
-    synced: int = 0  # how many times weights were received
     rounding: float | None = None  # mean difference of the first proof (nats)
 
 
@@ -304,7 +303,6 @@ def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> f
         _watched(engine, partial(_send_on_cpu if engine.device == "cpu" else _send_to_gpu, policy, engine))
         if not engine.llm.reset_prefix_cache():
             raise EngineError("vLLM did not reset its prefix cache: requests were still running")
-    engine.synced += 1
     return time.perf_counter() - started
 
 
