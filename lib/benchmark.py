@@ -200,6 +200,13 @@ def training_table(rows: list[dict], parts: tuple[str, ...] = ("ours", "trl")) -
     return table(pd.DataFrame(lines).fillna("")) if lines else "Nothing was measured."
 
 
+def busy_cores(row: dict) -> str:
+    """Cores that a row's processes kept busy."""
+    if "own_cores" not in row:
+        return ""
+    return f"{row['own_cores']:.1f}" + (f", engine {row['engine_cores']:.1f}" if row["engine_cores"] else "")
+
+
 def evaluation_table(rows: list[dict]) -> str:
     lines = []
     for row in (row for row in rows if row["part"] == "evaluation"):
@@ -213,6 +220,8 @@ def evaluation_table(rows: list[dict]) -> str:
                 "problems/s": f"failed: {row['error']}" if "error" in row else "" if rate is None else number(rate, 1),
                 "problems": row.get("problems", "") if rate else "",
                 "seconds": shown,
+                "GPU busy": share(row["gpu_busy"]) if "gpu_busy" in row else "",
+                "cores busy": busy_cores(row),
                 "device": row.get("device", ""),
             }
         )

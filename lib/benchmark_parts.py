@@ -3,11 +3,13 @@
 What stands here only to be compared with (the naive loop, Liger's loss, TRL's settings) is used nowhere else.
 """
 
+import contextlib
 import gc
 import itertools
 import math
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 import traceback
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
+import psutil
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, TrainerCallback
 
@@ -401,12 +404,13 @@ def measure_evaluation(settings) -> None:
 
         seconds, requests = start(), [{"prompt_token_ids": ids} for ids in prompts]
         fixed = {"max_tokens": NEW_TOKENS, "min_tokens": NEW_TOKENS, "ignore_eos": True}
+        row = {"problems": len(prompts), "start_seconds": seconds}
         begin = time.perf_counter()
-        with engines.captured(log_file):
+        with engines.captured(log_file), load(row, settings.device, running[0].processes):
             outputs = running[0].llm.generate(requests, SamplingParams(temperature=1.0, **fixed), use_tqdm=False)
-        spent = time.perf_counter() - begin
+        row["problems_per_second"] = len(prompts) / (time.perf_counter() - begin)
         assert all(len(output.outputs[0].token_ids) == NEW_TOKENS for output in outputs)
-        return {"problems": len(prompts), "problems_per_second": len(prompts) / spent, "start_seconds": seconds}
+        return row
 
     def sync():
         if not running:
@@ -433,6 +437,30 @@ def measure_evaluation(settings) -> None:
     attempt(settings, WARM, warm)
 
 
+@contextlib.contextmanager
+def load(row: dict, device: str, engine: list[psutil.Process]):
+    """Add to `row` what was busy during a block: the GPU (share of the time in which a kernel ran on it, as nvidia-smi
+    samples it) and, in cores, this process and the engine's."""
+    processes = {"own_cores": [psutil.Process()], "engine_cores": engine}
+
+    def spent() -> dict[str, float]:
+        return {name: sum(sum(p.cpu_times()[:2]) for p in group) for name, group in processes.items()}
+
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
+    gpu = ["--id=" + os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]]
+    sampler = None if device == "cpu" else subprocess.Popen(query + gpu, stdout=subprocess.PIPE, text=True)
+    before, begin = spent(), time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - begin
+        row |= {name: (value - before[name]) / seconds for name, value in spent().items()}
+        if sampler is not None:
+            sampler.terminate()
+            if samples := sampler.communicate()[0].split():
+                row["gpu_busy"] = statistics.mean(map(int, samples)) / 100
+
+
 def generate_row(model, tokenizer, prompts: list[list[int]], size: int) -> dict:
     """Hugging Face `generate`: bf16, SDPA, left padding, sampling at temperature 1, after a short warm-up."""
     tokenizer.padding_side = "left"
@@ -446,10 +474,13 @@ def generate_row(model, tokenizer, prompts: list[list[int]], size: int) -> dict:
         return ids.cpu()
 
     answer(prompts[:size], 4)
+    row = {"problems": len(prompts)}
     begin = time.perf_counter()
-    for first in range(0, len(prompts), size):
-        answer(prompts[first : first + size], NEW_TOKENS)
-    return {"problems": len(prompts), "problems_per_second": len(prompts) / (time.perf_counter() - begin)}
+    with load(row, str(model.device), []):
+        for first in range(0, len(prompts), size):
+            answer(prompts[first : first + size], NEW_TOKENS)
+    row["problems_per_second"] = len(prompts) / (time.perf_counter() - begin)
+    return row
 
 
 def grading_row(examples, problems, number: int = 5000) -> dict:
