@@ -47,11 +47,13 @@ TRL = {
     "padding-free, FlexAttention, Liger": {"attention": "flex_attention", "padding_free": True, "liger": True},
 }
 VLLM, SYNC, WARM, GRADING = "vLLM", "weights into the engine", "engine start, again", "grading"
+THREE, NO_CACHE = "vLLM, three engines on one GPU", "vLLM without prefix caching"
 GENERATE = {f"generate, batch {size}": size for size in (256, 32)}
 VARIANTS = {
     "ours": [NAIVE, EAGER, FULL, NO_SHARING, LIGER, FILLED],
     "trl": list(TRL),
     "evaluation": [VLLM, SYNC, *GENERATE, GRADING, WARM],
+    "engines": [THREE, NO_CACHE],
     "cpu": [NAIVE, PLAIN],
 }
 WHO = {"ours": "ours", "trl": "TRL", "cpu": "ours, CPU"}
@@ -114,7 +116,7 @@ def run_parts(parts: list[str], folder: Path, settings: dict, limits: dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     end, seconds, gpus = time.monotonic() + time_limit, {}, visible_gpus()
     training, evaluation, cpu = [
-        [p for p in lane if p in parts] for lane in (("ours", "trl"), ("evaluation",), ("cpu",))
+        [p for p in lane if p in parts] for lane in (("ours", "trl"), ("evaluation", "engines"), ("cpu",))
     ]
 
     def work(lane: list[str], gpu: str):
@@ -209,10 +211,11 @@ def busy_cores(row: dict) -> str:
 
 def evaluation_table(rows: list[dict]) -> str:
     lines = []
-    for row in (row for row in rows if row["part"] == "evaluation"):
+    for row in (row for row in rows if row["part"] in ("evaluation", "engines")):
         rate = row.get("problems_per_second")
         seconds = row["seconds"] if "seconds" in row else row.get("start_seconds")
-        what = {VLLM: "s engine start", SYNC: "s a sync (median of 5)", GRADING: f"s for {row.get('problems')} answers"}
+        what = {name: "s engine start" for name in (VLLM, THREE, NO_CACHE)}
+        what |= {SYNC: "s a sync (median of 5)", GRADING: f"s for {row.get('problems')} answers"}
         shown = "" if seconds is None else f"{seconds:.2f} {what.get(row['variant'], 's')}"
         lines.append(
             {
@@ -291,6 +294,7 @@ def evaluation_words(rows: list[dict]) -> str:
                 ratio = rate / seen[name]["problems_per_second"]
                 within = target(ratio >= 20, "at least 20 times")
                 lines.append(f"That is {ratio:.1f} times `generate` with batches of {size} ({within}).")
+        lines += engine_words(seen, found(rows, "engines"))
     if SYNC in seen:
         lines.append(f"A sync of all weights takes {seen[SYNC]['seconds']:.2f} s.")
     if GRADING in seen:
@@ -301,6 +305,26 @@ def evaluation_words(rows: list[dict]) -> str:
         within = target(seen[WARM]["seconds"] < 35, "under 35 s")
         lines.append(f"A second start of the engine takes {seen[WARM]['seconds']:.1f} s ({within}).")
     return " ".join(lines) or "Nothing of the evaluation was measured."
+
+
+def engine_words(seen: dict[str, dict], tried: dict[str, dict]) -> list[str]:
+    """What limits vLLM, and what was tried against it and is not used."""
+    lines, rate = [], seen[VLLM]["problems_per_second"]
+    busy, cores = seen[VLLM].get("gpu_busy"), seen[VLLM].get("engine_cores")
+    if busy is not None and cores:
+        limit = ": its Python is the limit, not the GPU" if cores > 0.9 and busy < 0.8 else ""
+        lines.append(
+            f"Meanwhile the GPU was busy {share(busy)} of the time, the engine's process {cores:.2f} cores{limit}."
+        )
+    for name, row in tried.items():
+        line = f"Not used: '{name}' answers {row['problems_per_second'] / rate:.2f} times as many"
+        line += f", with the GPU busy {share(row['gpu_busy'])} of the time" if "gpu_busy" in row else ""
+        for peer, size in GENERATE.items():
+            if peer in seen:
+                ratio = row["problems_per_second"] / seen[peer]["problems_per_second"]
+                line += f", {ratio:.1f} times `generate` with batches of {size}"
+        lines.append(f"{line}.")
+    return lines
 
 
 def cpu_words(rows: list[dict]) -> str:

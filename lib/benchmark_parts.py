@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -23,6 +25,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, TrainerCallback
 
 from lib import attention, batching, policy, train
+from lib import engine as engines
 from lib.benchmark import (
     EAGER,
     FILLED,
@@ -32,10 +35,12 @@ from lib.benchmark import (
     LIGER,
     NAIVE,
     NEW_TOKENS,
+    NO_CACHE,
     NO_SHARING,
     PEAK,
     PLAIN,
     SYNC,
+    THREE,
     TRL,
     VARIANTS,
     VLLM,
@@ -46,6 +51,7 @@ from lib.benchmark import (
 )
 from lib.config import PROFILES, device_name
 from lib.data import distinct, load_examples, load_problems, stratified_subset
+from lib.evaluate import encode_prompts
 from lib.grading import grade_many, stop_workers
 from lib.loss import get_response_log_probs, pad_and_shift, sft_microbatch_train_step
 
@@ -378,39 +384,63 @@ def measure_trl(settings) -> None:
 # --- Evaluation ----------------------------------------------------------------------------------------------------
 
 
-def measure_evaluation(settings) -> None:
-    """vLLM by `lib.engine` on a GPU that it shares with the policy, `generate` on the same prompts, and grading."""
-    from lib import engine as engines
-    from lib.evaluate import encode_prompts
-
-    tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
+def questions(settings) -> tuple[list[list[int]], list, list]:
+    """Prompts for vLLM and `generate`, with the examples and problems that they and grading come from."""
     examples, template = load_examples(settings.data_dir)
     problems = load_problems(settings.data_dir / "validation.jsonl")
     chosen = stratified_subset(problems, settings.eval_problems, settings.seed)
-    prompts = encode_prompts(chosen, template, tokenizer)
+    return encode_prompts(chosen, template, policy.load_tokenizer(settings.model)), examples, problems
+
+
+def start_engines(settings, prompts, count: int = 1, memory: float = 0.5, **options) -> tuple[list, float]:
+    """Start engines side by side on a GPU, `memory` of it for all of them: the engines, and the seconds it took."""
     log_file = settings.out.with_name("engine.log")
-    log_file.unlink(missing_ok=True)
-    longest = max(map(len, prompts)) + NEW_TOKENS
+    longest, begin = max(map(len, prompts)) + NEW_TOKENS, time.perf_counter()
+    options |= {"log_file": log_file, "max_model_len": longest, "gpu_memory_utilization": memory / count}
+    start = partial(engines.init_vllm, settings.model, settings.device, settings.device, **options)
+    if count == 1:
+        return [start()], time.perf_counter() - begin
+    engines.count_parameters(settings.model)  # not in several threads at once: it sets torch's default type
+    starting = [engines.in_background(start)[0] for _ in range(count)]
+    return [future.result() for future in starting], time.perf_counter() - begin
+
+
+def vllm_row(settings, prompts, running: list, start_seconds: float) -> dict:
+    """All prompts answered with exactly NEW_TOKENS tokens each by engines that share them."""
+    from vllm import SamplingParams
+
+    fixed = SamplingParams(temperature=1.0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, ignore_eos=True)
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
+    parts = [requests[first :: len(running)] for first in range(len(running))]
+    row = {"problems": len(prompts), "start_seconds": start_seconds}
+    processes = {process for engine in running for process in engine.processes}
+    begin = time.perf_counter()
+    with engines.captured(running[0].log_file), load(row, settings.device, processes):
+        answering = [
+            engines.in_background(partial(engine.llm.generate, part, fixed, use_tqdm=False))[0]
+            for engine, part in zip(running, parts, strict=True)
+        ]
+        outputs = [output for future in answering for output in future.result()]
+    row["problems_per_second"] = len(prompts) / (time.perf_counter() - begin)
+    assert len(outputs) == len(prompts) and all(len(output.outputs[0].token_ids) == NEW_TOKENS for output in outputs)
+    return row
+
+
+def measure_evaluation(settings) -> None:
+    """vLLM by `lib.engine` on a GPU that it shares with the policy, `generate` on the same prompts, and grading."""
+    tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
+    prompts, examples, problems = questions(settings)
+    settings.out.with_name("engine.log").unlink(missing_ok=True)
     running = []
 
-    def start():
-        begin = time.perf_counter()
-        where = {"log_file": log_file, "max_model_len": longest, "gpu_memory_utilization": 0.5}
-        running.append(engines.init_vllm(settings.model, settings.device, settings.device, **where))
-        return time.perf_counter() - begin
+    def start() -> float:
+        started, seconds = start_engines(settings, prompts)
+        running.extend(started)
+        return seconds
 
     def vllm():
-        from vllm import SamplingParams
-
-        seconds, requests = start(), [{"prompt_token_ids": ids} for ids in prompts]
-        fixed = {"max_tokens": NEW_TOKENS, "min_tokens": NEW_TOKENS, "ignore_eos": True}
-        row = {"problems": len(prompts), "start_seconds": seconds}
-        begin = time.perf_counter()
-        with engines.captured(log_file), load(row, settings.device, running[0].processes):
-            outputs = running[0].llm.generate(requests, SamplingParams(temperature=1.0, **fixed), use_tqdm=False)
-        row["problems_per_second"] = len(prompts) / (time.perf_counter() - begin)
-        assert all(len(output.outputs[0].token_ids) == NEW_TOKENS for output in outputs)
-        return row
+        seconds = start()
+        return vllm_row(settings, prompts, running, seconds)
 
     def sync():
         if not running:
@@ -437,8 +467,24 @@ def measure_evaluation(settings) -> None:
     attempt(settings, WARM, warm)
 
 
+def measure_engines(settings) -> None:
+    """vLLM otherwise than a run starts it, on a GPU of its own: what was tried and is not used."""
+    prompts, _, _ = questions(settings)
+
+    def answer(count: int, **options) -> dict:
+        running, seconds = start_engines(settings, prompts, count, memory=0.8, **options)
+        try:
+            return vllm_row(settings, prompts, running, seconds)
+        finally:
+            for engine in running:
+                engines.shutdown(engine)
+
+    attempt(settings, THREE, lambda: answer(3))
+    attempt(settings, NO_CACHE, lambda: answer(1, enable_prefix_caching=False))
+
+
 @contextlib.contextmanager
-def load(row: dict, device: str, engine: list[psutil.Process]):
+def load(row: dict, device: str, engine: Iterable[psutil.Process]):
     """Add to `row` what was busy during a block: the GPU (share of the time in which a kernel ran on it, as nvidia-smi
     samples it) and, in cores, this process and the engine's."""
     processes = {"own_cores": [psutil.Process()], "engine_cores": engine}
@@ -499,7 +545,13 @@ def grading_row(examples, problems, number: int = 5000) -> dict:
     return {"problems": len(pairs), "seconds": seconds, "correct": correct, "device": f"{cores} CPU cores"}
 
 
-MEASURES = {"ours": measure_ours, "trl": measure_trl, "evaluation": measure_evaluation, "cpu": measure_cpu}
+MEASURES = {
+    "ours": measure_ours,
+    "trl": measure_trl,
+    "evaluation": measure_evaluation,
+    "engines": measure_engines,
+    "cpu": measure_cpu,
+}
 
 
 def run(settings) -> None:

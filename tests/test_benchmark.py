@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import nbformat
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -108,10 +110,14 @@ def rows(rate: float = 60_000, utilisation: float = 0.5) -> list[dict]:
         trained("ours", benchmark.FILLED, 61_000, peak=44.0),
         trained("trl", TRL[0], 40_000, 0.4) | {"examples_at_once": 32},
         trained("trl", TRL[1], 39_000, 0.4),
-        answered | {"variant": benchmark.VLLM, "problems": 9, "problems_per_second": 200.0, "start_seconds": 50.0},
+        answered
+        | {"variant": benchmark.VLLM, "problems": 9, "problems_per_second": 200.0, "start_seconds": 50.0}
+        | {"gpu_busy": 0.4, "own_cores": 0.3, "engine_cores": 1.01},
         answered | {"variant": "generate, batch 256", "problems": 9, "problems_per_second": 8.0},
         answered | {"variant": "generate, batch 32", "problems": 9, "problems_per_second": 20.0},
         answered | {"variant": benchmark.GRADING, "problems": 5000, "seconds": 4.0},
+        {"part": "engines", "variant": benchmark.THREE, "problems": 9, "problems_per_second": 320.0, "gpu_busy": 0.97}
+        | {"start_seconds": 60.0, "own_cores": 0.8, "engine_cores": 2.9},
         {"part": "cpu", "variant": benchmark.NAIVE, "error": "not measured within 30 s"},
     ]
 
@@ -139,6 +145,32 @@ def test_sentences_tell_met_from_missed():
     assert "5000 problems in 25.0 s (under 60 s: **met**)" in words
     assert "25.0 times `generate` with batches of 256 (at least 20 times: **met**)" in words
     assert "10.0 times `generate` with batches of 32 (at least 20 times: **missed**)" in words
+    assert "busy 40.0 % of the time, the engine's process 1.01 cores: its Python is the limit" in words
+    assert "answers 1.60 times as many, with the GPU busy 97.0 % of the time, 40.0 times `generate`" in words
+
+
+def test_what_limits_the_engine_is_only_said_where_it_was_seen():
+    busy = [row | {"gpu_busy": 0.9} if row["variant"] == benchmark.VLLM else row for row in rows()]
+    assert "Meanwhile" in benchmark.evaluation_words(busy) and "limit" not in benchmark.evaluation_words(busy)
+    unseen = [row for row in rows() if row["variant"] != benchmark.VLLM]
+    assert "Not used" not in benchmark.evaluation_words(unseen)
+
+
+def test_the_evaluation_s_table_shows_what_was_busy():
+    lines = benchmark.evaluation_table(rows()).splitlines()
+    (line,) = (line for line in lines if f"| {benchmark.THREE} " in line)
+    assert "60.00 s engine start | 97.0 % | 0.8, engine 2.9" in line
+
+
+def test_the_load_of_a_block_counts_its_processes():
+    row, child = {}, subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with benchmark_parts.load(row, "cpu", [psutil.Process(child.pid)]):
+            time.sleep(1.0)
+    finally:
+        child.kill()
+        child.wait()
+    assert row["engine_cores"] > 0.3 > row["own_cores"] and "gpu_busy" not in row
 
 
 def test_nothing_measured_is_said():
@@ -199,7 +231,7 @@ def test_the_notebook_shows_what_lies_in_its_folder(tmp_path):
     text = "\n".join(
         output.get("text", "") + str(output.get("data", {}).get("text/markdown", "")) for output in outputs
     )
-    assert "nothing measured now" in text and "11 variants, 2 of them failed" in text
+    assert "nothing measured now" in text and "12 variants, 2 of them failed" in text
     assert "at least 1.3 times: **met**" in text and "failed: OutOfMemoryError" in text
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert str(tmp_path) not in text and str(PROJECT_ROOT) not in text
