@@ -86,9 +86,10 @@ def make_batches(sequences: list[Sequence], batch_size: int, epochs: float, max_
     """
     generator = random.Random(seed)
     order: list[Sequence] = []
-    while len(order) < round(len(sequences) * epochs):
+    number = max(1, round(len(sequences) * epochs))
+    while len(order) < number:
         order += generator.sample(sequences, len(sequences))
-    order = order[: max(1, round(len(sequences) * epochs))]
+    order = order[:number]
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return batches[: number_of_steps(len(sequences), batch_size, epochs, max_steps)]
 

@@ -9,10 +9,11 @@ from torch._functorch import config as compiler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lib import attention
-from lib.batching import Microbatch
+from lib.batching import Microbatch, Sequence, pack
 from lib.config import UserError
 from lib.loss import compute_entropy
 
+PACKING_TOLERANCE = 0.01  # nats, in fp32; 0.00001 is usual
 LOGITS_AT_ONCE = 1 << 27  # elements of the logits (tokens x vocabulary) that a backward pass holds
 
 
@@ -39,13 +40,33 @@ def load_policy(model: str, device: str, trust_remote_code: bool = False) -> tor
     policy.set_attn_implementation(attention.NAME)
     if policy.config._attn_implementation != attention.NAME:  # transformers only warns
         raise UserError(f"model={model!r}: its architecture takes no other attention, which packed sequences need")
+    _check_packing(policy, model)
     if device != "cpu":
         # Norms, the MLP's product of gate and value, and bf16 copies of weights are computed again in the backward pass
         # instead of kept: a third of a layer's memory at the 1.5 B shape. No matrix product is, nor attention.
         compiler.ban_recompute_materialized_backward = False
-        for layer in policy.get_decoder().layers:
+        for layer in getattr(policy.get_decoder(), "layers", ()):
             layer.compile(dynamic=True)  # lengths differ from microbatch to microbatch
     return policy
+
+
+def _check_packing(policy: torch.nn.Module, model: str) -> None:
+    """UserError where packed sequences don't get the log-probabilities that the model gives them one by one.
+
+    Some architectures scale their logits, or don't hand `packing` on to their attention: these would be trained as
+    another model.
+    """
+    ids = torch.arange(64, device=policy.device).view(2, 32) % policy.config.get_text_config().vocab_size
+    with torch.no_grad(), as_written(policy):
+        packed, _ = response_log_probs(policy, pack([Sequence("", row, 1) for row in ids.tolist()]).to(policy.device))
+        logits = policy(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (2, 31, V)
+    alone = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten()
+    gap = (packed - alone).abs().max().item()
+    if gap > PACKING_TOLERANCE:
+        raise UserError(
+            f"model={model!r}: its architecture can't be trained on packed sequences: their log-probabilities differ "
+            f"by {gap:.2g} nats from those of the model itself"
+        )
 
 
 def autocast(device: str, precision: str):

@@ -30,7 +30,7 @@ def make_optimizer(policy: torch.nn.Module, config: RunConfig, total_steps: int)
     def factor(step: int) -> float:  # from 0; neither the first nor the last step has a rate of zero
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from conftest import mini_rows
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -148,6 +149,20 @@ def test_attention_that_is_more_than_causal_is_refused(tiny_model, sequences):
         response_log_probs(policy, microbatch)
 
 
+@pytest.mark.parametrize("architecture", ["GraniteConfig", "StableLmConfig"])
+def test_an_architecture_that_packing_would_change_is_refused(tokenizer, tmp_path, architecture):
+    """Granite scales its logits outside of the decoder; StableLM's layers don't hand `packing` on to attention."""
+    torch.manual_seed(0)
+    own = {"logits_scaling": 8.0} if architecture == "GraniteConfig" else {}
+    config = getattr(transformers, architecture)(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.5, **own,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="can't be trained on packed sequences"):
+        load_policy(str(tmp_path), "cpu")
+
+
 def test_prompts_without_a_common_beginning_share_nothing(sequences):
     same = Sequence("a", list(range(40)), 30)
     assert shared_prefix_length([same, same]) == 29  # the last prompt token predicts the first of the response
@@ -280,6 +295,16 @@ def test_the_end_of_sequence_is_learned_once(data_dir, tokenizer):
 def test_too_long_examples_are_an_error_not_cut(data_dir, tokenizer):
     with pytest.raises(UserError, match=r"max_length=50: 10 of 10 examples are longer \(first: sft/1"):
         encode(load_examples(data_dir)[0][:10], tokenizer, 50)
+
+
+@pytest.mark.parametrize("changed", [{"max_steps": 1}, {"warmup_ratio": 1.0}, {"epochs": 0.01}])
+def test_the_shortest_runs_train(parameters, data_dir, tiny_model, changed):
+    config = resolve(parameters | changed)
+    sequences = encode(load_examples(data_dir)[0], load_tokenizer(str(tiny_model)), 512)[:16]
+    batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, seed=0)
+    policy = load_policy(str(tiny_model), "cpu")
+    models = policy, *make_optimizer(policy, config, len(batches))
+    assert len(list(train_steps(*models, batches, config, 16))) == len(batches) >= 1
 
 
 def test_evaluation_steps():
