@@ -6,7 +6,7 @@ import importlib.util
 import json
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def resolve(namespace: Mapping) -> RunConfig:
 
     `None` takes the profile's value. Raises `UserError` naming the parameter; writes nothing and loads no model.
     """
-    _refuse_unknown_parameters(namespace)
+    refuse_unknown_parameters(namespace, PARAMETERS)
     missing = [name for name in PARAMETERS if name not in namespace]
     if missing:
         raise UserError(f"parameters missing from the notebook's parameters cell: {', '.join(missing)}")
@@ -154,8 +154,8 @@ def default_run_name(n: int | str, filtered: bool, seed: int) -> str:
     return name if seed == 0 else f"{name}-seed{seed}"
 
 
-def _refuse_unknown_parameters(namespace: Mapping) -> None:
-    """papermill only warns about names that the notebook does not know: look into the cell that it injected."""
+def refuse_unknown_parameters(namespace: Mapping, known: Collection[str]) -> None:
+    """UserError for a name that a notebook (`globals()`) does not know: papermill, which injects a cell, only warns."""
     for source in namespace.get("In", []):
         if not source.startswith("# Parameters"):
             continue
@@ -166,9 +166,9 @@ def _refuse_unknown_parameters(namespace: Mapping) -> None:
             for target in statement.targets
         ]
         for name in assigned:
-            if name not in PARAMETERS:
-                close = difflib.get_close_matches(name, PARAMETERS, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(PARAMETERS)}"
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
                 raise UserError(f"unknown parameter {name!r}{hint}")
 
 
@@ -242,18 +242,18 @@ def _choose_devices(values: dict) -> None:
     """
     gpus = _count_gpus()
     train, evaluate = values["train_device"], values["eval_device"]
+    train, evaluate = ("cuda:0" if device == "cuda" else device for device in (train, evaluate))
     train = train or ("cuda:0" if gpus else "cpu")
     evaluate = evaluate or (train if gpus < 2 or train == "cpu" else "cuda:1" if train == "cuda:0" else "cuda:0")
     for name, device in (("train_device", train), ("eval_device", evaluate)):
         kind, _, index = str(device).partition(":")
-        if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        if (kind == "cpu" and index) or (kind == "cuda" and not index.isdigit()) or kind not in ("cpu", "cuda"):
             raise UserError(f"{name}={device!r}: must be 'cpu', 'cuda:0', 'cuda:1', ...")
-        if kind == "cuda" and int(index or 0) >= gpus:
+        if kind == "cuda" and int(index) >= gpus:
             raise UserError(f"{name}={device!r}: this machine has {gpus} NVIDIA GPU(s) that PyTorch can use")
     if (train == "cpu") != (evaluate == "cpu"):
         raise UserError(f"train_device={train!r} and eval_device={evaluate!r}: both on the CPU, or both on GPUs")
-    values["train_device"] = "cuda:0" if train == "cuda" else train
-    values["eval_device"] = "cuda:0" if evaluate == "cuda" else evaluate
+    values["train_device"], values["eval_device"] = train, evaluate
     if values["eval_beside_training"] is None:
         values["eval_beside_training"] = values["train_device"] != values["eval_device"]
     if importlib.util.find_spec("vllm") is None:

@@ -88,7 +88,8 @@ def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
     for row in read_jsonl(path, ("problem", "answer", "level", "subject"), ("answer",) if may_lack_answers else ()):
         if not row["answer"].strip():
             continue
-        problem_id = row.get("unique_id") or f"{path.stem}/{len(problems)}"
+        own = row.get("unique_id")
+        problem_id = f"{path.stem}/{len(problems)}" if own in (None, "") else str(own)
         problems.append(Problem(problem_id, row["problem"], row["answer"], row["level"], row["subject"]))
     if len({p.id for p in problems}) < len(problems):
         raise UserError(f"{shorten_path(str(path))}: 'unique_id' is not unique")
@@ -117,7 +118,7 @@ def load_examples(data_dir: Path, template_path: str | None = None) -> tuple[lis
 
 def _gold(row: dict) -> str | None:
     value = row.get("ground_truth", row.get("answer"))
-    return None if value is None else str(value)
+    return None if value is None or not str(value).strip() else str(value)
 
 
 def detect_template(prompts: list[str], path: Path, template_path: str | None = None) -> Template:
@@ -130,13 +131,15 @@ def detect_template(prompts: list[str], path: Path, template_path: str | None = 
         paths = [Path(template_path).expanduser()]
         if not paths[0].is_file():
             raise UserError(f"prompt_template={template_path!r}: no such file")
-    templates = [Template(p.stem, p.read_text(encoding="utf-8").rstrip("\n")) for p in paths]
+    texts = {p.stem: p.read_text(encoding="utf-8") for p in paths}
+    # A file ends in a newline, and a prompt may end in one too.
+    templates = [Template(name, text) for name, whole in texts.items() for text in (whole.rstrip("\n"), whole)]
     for template in templates:
         if template.text.count(PLACEHOLDER) != 1:
             raise UserError(f"prompt_template {template.name}: must hold {PLACEHOLDER} exactly once")
     fits = [t for t in templates if t.question_in(prompts[0]) is not None]
     if not fits:
-        names = ", ".join(t.name for t in templates)
+        names = ", ".join(texts)
         raise UserError(
             f"{shorten_path(str(path))}, line 1: the prompt was made with none of the templates ({names}); "
             f"set prompt_template to a file that holds it with {PLACEHOLDER} for the problem"

@@ -173,7 +173,8 @@ def prepare(config: RunConfig) -> Run:
 
 
 def _check_context_length(run: Run) -> None:
-    limit = getattr(AutoConfig.from_pretrained(run.config.model), "max_position_embeddings", None)
+    model = AutoConfig.from_pretrained(run.config.model, trust_remote_code=run.config.trust_remote_code)
+    limit = getattr(model, "max_position_embeddings", None)
     if limit is None:
         return
     if longest_evaluation(run) > limit:
@@ -203,7 +204,8 @@ def start(run: Run) -> str:
     locks.hold(config.run_dir, f"run_name={config.run_name!r}:")
     try:
         check_run_dir(config)  # again: another process may have finished the run meanwhile
-        found = checkpoint.latest(config.run_dir) if config.resume else None
+        finished = (config.run_dir / "summary.json").exists()  # and to be replaced, whatever checkpoint it kept
+        found = checkpoint.latest(config.run_dir) if config.resume and not finished else None
         past = None if found is None else read_past(config, run.batches, found)
         quiet_libraries(run.log_file)
         run.tracker = Tracker(config, describe_environment(config), run.sizes, past)

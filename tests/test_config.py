@@ -1,5 +1,6 @@
 """Every mistake in a parameter is named before anything is loaded or written."""
 
+import json
 import shutil
 
 import pytest
@@ -29,6 +30,12 @@ def test_one_gpu_is_shared(parameters, monkeypatch):
     monkeypatch.setattr(configs, "_count_gpus", lambda: 1)
     config = resolve(parameters)
     assert (config.train_device, config.eval_device) == ("cuda:0", "cuda:0")
+
+
+def test_a_gpu_without_a_number_is_the_first(parameters, monkeypatch):
+    monkeypatch.setattr(configs, "_count_gpus", lambda: 2)
+    config = resolve(parameters | {"train_device": "cuda"})
+    assert (config.train_device, config.eval_device, config.eval_beside_training) == ("cuda:0", "cuda:1", True)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +100,21 @@ def test_model_folder_without_weights(parameters, tiny_model, tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(UserError, match=r"model=.*only pickled weights"):
         resolve(parameters | {"model": str(folder)})
+
+
+def test_a_model_s_own_code_runs_where_it_is_trusted(parameters, tiny_model, tmp_path):
+    folder = tmp_path / "own-model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"})
+    )
+    (folder / "own.py").write_text(
+        "from transformers import Qwen2Config\n\n\nclass Own(Qwen2Config):\n    model_type = 'own'\n"
+    )
+    with pytest.raises(UserError, match="set trust_remote_code=True if you trust it"):
+        resolve(parameters | {"model": str(folder)})
+    assert prepare(resolve(parameters | {"model": str(folder), "trust_remote_code": True})).batches
 
 
 def test_missing_vllm_is_said(parameters, monkeypatch):

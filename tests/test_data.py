@@ -78,6 +78,27 @@ def test_a_template_of_the_users_own(data_dir, tmp_path):
     assert [e.problem for e in examples] == ["0", "1", "2"] and template.name == "own"
 
 
+def test_a_template_whose_prompts_end_in_a_newline(data_dir, tmp_path):
+    rows = [r | {"prompt": f"Q: {i}?\nA:\n"} for i, r in enumerate(mini_rows("sft.jsonl", 3))]
+    write_rows(data_dir / "sft.jsonl", rows)
+    (tmp_path / "own.prompt").write_text("Q: {question}?\nA:\n")
+    examples, template = load_examples(data_dir, str(tmp_path / "own.prompt"))
+    assert [e.problem for e in examples] == ["0", "1", "2"] and template.fill("7") == "Q: 7?\nA:\n"
+
+
+def test_an_empty_gold_answer_is_none(data_dir):
+    rows = mini_rows("sft.jsonl", 40)
+    write_rows(data_dir / "sft.jsonl", [rows[0] | {"ground_truth": " "}, *rows[1:]])
+    examples, _ = load_examples(data_dir)
+    assert [e.answer for e in examples] == [r["ground_truth"] for r in rows]
+
+
+def test_ids_that_are_numbers_become_texts(data_dir):
+    rows = mini_rows("validation.jsonl", 3)
+    write_rows(data_dir / "validation.jsonl", [row | {"unique_id": i} for i, row in enumerate(rows)])
+    assert [p.id for p in load_problems(data_dir / "validation.jsonl")] == ["0", "1", "2"]
+
+
 def test_gold_answers_are_joined_through_the_problem(data_dir):
     rows = mini_rows("sft.jsonl", 40)
     write_rows(data_dir / "sft.jsonl", [{k: r[k] for k in ("prompt", "response")} for r in rows])

@@ -66,6 +66,18 @@ def test_a_stopped_run_ends_with_the_same_curve_and_weights(settings):
     assert config["wandb_id"] == json.loads((stopped.config.run_dir / "config.json").read_text())["wandb_id"]
 
 
+def test_overwriting_begins_anew_even_beside_a_kept_checkpoint(settings):
+    run, _ = run_until(settings)
+    assert checkpoint.latest(run.config.run_dir)
+    (run.config.run_dir / "summary.json").write_text("{}")  # as of a finished run with keep_checkpoint
+    again, said = run_until(settings, overwrite=True, learning_rate=5e-4)
+    assert said == "A new run." and len(curve(again)) == 8
+    (again.config.run_dir / "summary.json").write_text("{}")
+    run_until(settings, steps=5, overwrite=True)
+    _, said = run_until(settings, overwrite=True)  # this one was not finished
+    assert said.startswith("Resumed after step 3")
+
+
 def test_random_states_are_part_of_a_checkpoint(settings, tmp_path):
     run, _ = run_until(settings, steps=3)
     models = run.policy, run.optimizer, run.scheduler
