@@ -121,6 +121,8 @@ def match_steps(runs: list[Run], values: dict) -> list[Run]:
     matched = []
     for run in runs:
         n, filtered = run.parameters["n"], run.parameters["filtered"]
+        if filtered and sizes["correct"] is None:
+            raise UserError("--match steps: sft.jsonl lacks gold answers, so the size of the filtered set is not known")
         selected = n if n != "all" else sizes["correct"] if filtered else sizes["distinct"]
         epochs = round(steps * values["batch_size"] / selected, 6)
         matched.append(Run(run.name, {**run.parameters, "epochs": epochs}))
@@ -154,7 +156,8 @@ def differences(run: Run, folder: Path, defaults: dict) -> list[str]:
     found = []
     for name, value in asked.items():
         value = by_profile.get(name) if value is None else value
-        open_to_all = value is None or (name, value) == ("profile", "auto")
+        # None leaves to the profile what profiles set; of anything else it is a value ("all", "no limit").
+        open_to_all = (value is None and name in PROFILES["math"]) or (name, value) == ("profile", "auto")
         if name in made and name not in INCIDENTAL and not open_to_all and shown(value) != shown(made[name]):
             found.append(f"{name} is {shown(made[name])} there, {shown(value)} is asked for")
     return found
@@ -480,7 +483,8 @@ Stop it with Ctrl-C; the same command goes on where it stopped. Exit status: 0 a
 def main(words: list[str] | None = None) -> int:
     arguments = read_arguments(words)
     for number in SIGNALS:
-        signal.signal(number, stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, stop)
     outcome, page, mistake = Outcome(), None, None
     try:
         if not arguments.report_only:

@@ -179,6 +179,18 @@ def test_help_names_every_argument(capsys):
         assert word in text
 
 
+def test_a_study_under_nohup_outlives_its_terminal(tmp_path):
+    before = {number: signal.getsignal(number) for number in study.SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert study.main(["--report-only", "--runs-dir", str(tmp_path / "none")]) == 2
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is study.stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_equal_steps_give_each_size_the_steps_of_the_full_set(stub, tmp_path, monkeypatch):
     """epochs are chosen so that lib.batching counts the same steps for every size; recomputed with its own function."""
     batching = pytest.importorskip("lib.batching")
@@ -192,6 +204,10 @@ def test_equal_steps_give_each_size_the_steps_of_the_full_set(stub, tmp_path, mo
     steps = {run.name: batching.number_of_steps(sizes[run.name], 48, run.parameters["epochs"]) for run in runs}
     assert set(steps.values()) == {batching.number_of_steps(1707, 48, 3)}
     assert next(run for run in runs if run.name == "n128").parameters["epochs"] > 39
+    chosen.sizes["correct"] = None
+    with pytest.raises(UserError, match=r"--match steps: .* lacks gold answers"):
+        study.match_steps(study.plan(tmp_path), values)
+    assert study.match_steps(study.plan(tmp_path, sizes=["128", "all"]), values)
 
 
 # --- What is there already -----------------------------------------------------------------------------------------
@@ -226,6 +242,13 @@ def test_a_setting_left_to_the_profile_is_compared_with_the_profile(stub, tmp_pa
     assert study.differences(run, tmp_path / "other", defaults) == [
         f"learning_rate is {rate * 2} there, {rate} is asked for"
     ]
+
+
+def test_a_short_trial_is_not_kept_as_the_study(stub, tmp_path):
+    """max_steps=None means no limit: it is a value, not left open."""
+    finished_run(tmp_path / "n128", max_steps=5)
+    run = study.plan(tmp_path, sizes=["128"])[0]
+    assert study.differences(run, tmp_path / "n128", {"max_steps": None}) == ["max_steps is 5 there, None is asked for"]
 
 
 def test_where_a_run_was_made_does_not_count(stub, tmp_path):
