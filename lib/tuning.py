@@ -4,22 +4,28 @@ import copy
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lib import engine as engines
-from lib.config import RunConfig, write_json
+from lib.config import INCIDENTAL, RunConfig, UserError, shorten_path, write_json
 from lib.evaluate import evaluate, summarize
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.policy import load_policy
+from lib.report import told_apart
 from lib.run import PROOF_PROMPTS, prepare, start_engine
 from lib.tracking import read_lines
 from lib.train import make_optimizer, train_steps
 
+# What is tried where the notebook leaves it open.
+GRIDS = {
+    "math": {"learning_rates": [1e-5, 4e-5, 1e-4], "batch_sizes": [32, 64]},
+    "mini": {"learning_rates": [5e-4, 1e-3, 2e-3], "batch_sizes": [8, 16]},
+}
 KEPT = ("n", "correct", "accuracy", "accuracy_low", "accuracy_high", "format_rate")
 
 
@@ -29,9 +35,14 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
     One engine and one copy of the base's weights serve all points; points that the file already has are yielded from
     it. `config.eval_split` should be 'tuning', so that nothing is chosen on validation problems.
     """
+    for name, values, kind in (("learning_rates", learning_rates, float), ("batch_sizes", batch_sizes, int)):
+        if not values or not all(isinstance(value, kind) and value > 0 for value in values):
+            hint = " (YAML takes 1e-5 for a text: write 1.0e-5)" if kind is float else ""
+            raise UserError(f"{name}={values!r}: must be a list of positive numbers of type {kind.__name__}{hint}")
     folder.mkdir(parents=True, exist_ok=True)
     path, log_file = folder / "tuning.jsonl", folder / "run.log"
     done = {(row["learning_rate"], row["batch_size"]): row for row in read_lines(path)}
+    _refuse_other_settings(done.values(), config, path)
     grid = list(itertools.product(learning_rates, batch_sizes))
     runs = {point: prepare(replace(config, learning_rate=point[0], batch_size=point[1])) for point in grid}
     yield from (done[point] for point in grid if point in done)
@@ -55,6 +66,25 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
         stop_workers()
 
 
+def _settings(config: RunConfig) -> dict:
+    """What all points of a grid share."""
+    return {k: v for k, v in config.to_dict().items() if k not in INCIDENTAL | {"learning_rate", "batch_size"}}
+
+
+def _refuse_other_settings(rows: Iterable[dict], config: RunConfig, path: Path) -> None:
+    """UserError where the file holds points of another grid: one choice can't be made from both."""
+    asked = _settings(config)
+    for number, row in enumerate(rows, start=1):
+        made = row.get("settings", {})
+        changed = [f"{k} is {made.get(k)!r} there, {v!r} is asked for" for k, v in asked.items() if made.get(k) != v]
+        if changed:
+            raise UserError(
+                f"{shorten_path(str(path))}, line {number}: made with other settings "
+                f"({'; '.join(changed) if made else 'it does not say which'}); ask for the same, choose another "
+                "runs_dir, or delete the file"
+            )
+
+
 def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> dict:
     config, started = run.config, time.perf_counter()
     optimizer, scheduler = make_optimizer(policy, config, len(run.batches))
@@ -75,20 +105,21 @@ def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) ->
         "final_loss": sum(m["loss"] for m in last) / len(last),
         "seconds": time.perf_counter() - started,
         "seed": config.seed,
+        "settings": _settings(config),
     }
 
 
 def choose(rows: list[dict], folder: Path) -> dict:
     """The point of highest accuracy, written to `choice.json` with the reason and the points it can't be told from."""
     best = max(rows, key=lambda row: row["accuracy"])
-    close = [r for r in rows if r is not best and r["accuracy_high"] >= best["accuracy"]]
+    close = [r for r in rows if r is not best and not told_apart(r, best)]
     why = (
         f"highest accuracy, {best['accuracy']:.1%} ({best['accuracy_low']:.1%} to {best['accuracy_high']:.1%}), "
-        f"of {len(rows)} points on {best['n']} tuning problems after {best['epochs']:g} epochs"
+        f"of {len(rows)} points on {best['n']} tuning problems (epochs: {best['epochs']:g})"
     )
     if close:
         points = ", ".join(f"{r['learning_rate']:g} x {r['batch_size']} ({r['accuracy']:.1%})" for r in close)
-        why += f"; its accuracy lies inside the interval of {points}, so the choice among these is not sure"
+        why += f"; Fisher's exact test can't tell it from {points} at the 5 % level"
     choice = {"learning_rate": best["learning_rate"], "batch_size": best["batch_size"], "why": why}
     write_json(folder / "choice.json", choice)
     return choice

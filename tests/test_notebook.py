@@ -14,7 +14,7 @@ import nbformat
 import psutil
 import pytest
 
-from lib.config import PARAMETERS, PROJECT_ROOT
+from lib.config import PARAMETERS, PROJECT_ROOT, UserError
 from lib.tracking import read_lines
 
 NOTEBOOK = PROJECT_ROOT / "notebooks" / "train.ipynb"
@@ -37,6 +37,14 @@ def papermill(output: Path, folder: Path, **parameters) -> subprocess.CompletedP
 def text_of(notebook) -> str:
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     return "\n".join(o.get("text", "") + str(o.get("data", {})) for o in outputs)
+
+
+@pytest.mark.parametrize("name", ["tune", "analysis", "benchmark"])
+def test_every_notebook_refuses_a_parameter_that_it_does_not_have(name):
+    notebook = nbformat.read(PROJECT_ROOT / f"notebooks/{name}.ipynb", as_version=4)
+    (cell,) = (cell for cell in notebook.cells if "refuse_unknown_parameters(" in cell.source)
+    with pytest.raises(UserError, match="unknown parameter 'sed'; "):
+        exec(cell.source, {"In": ["", "# Parameters\nsed = 1\n"]})
 
 
 def test_the_parameters_cell_is_literal_and_complete():
