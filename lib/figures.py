@@ -15,12 +15,13 @@ import pandas as pd
 from IPython.display import Image
 from matplotlib import patheffects
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 from PIL import Image as Pixels
 
 from lib.report import VERDICTS
 from lib.tables import VERDICT_WORDS, signed
 
+SMOOTHED = 5  # optimizer steps, the same for runs of any length
 WIDTH = 7.2  # inches, a text column of the report
 STYLE = {
     "figure.constrained_layout.use": True,
@@ -109,15 +110,15 @@ def label_ends(axes, ends):
     """Names at the right end of lines, moved apart vertically where they would touch. `ends`: (x, y, text, colour)."""
     gap = 11  # points, the height of a line
     to_points = 72 / axes.figure.dpi
-    placed = []
+    placed = []  # left end, right end, height
     for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
         column, row = axes.transData.transform((x, y)) * to_points
-        width = 7 * len(text) + 8  # points, about
-        near = [line for across, line in placed if abs(across - column) < width]
+        right = column + 7 * len(text) + 8  # points, about
+        near = [line for start, end, line in placed if start < right and column < end]
         shifted = row
         while touching := [line for line in near if abs(line - shifted) < gap - 0.01]:
             shifted = max(touching) + gap
-        placed.append((column, shifted))
+        placed.append((column, right, shifted))
         axes.annotate(
             text,
             (x, y),
@@ -229,7 +230,7 @@ def final_accuracy(sampled: pd.DataFrame, greedy: pd.DataFrame, published: dict 
         axes.set_xlabel("distinct training examples")
         examples_ticks(axes, sampled["selected"][sampled["selected"] > 0])
         percent(axes.yaxis)
-        axes.set_ylim(0, 1.02 if value == "format_rate" else None)
+        axes.set_ylim(0, 1.12 if value == "format_rate" else axes.get_ylim()[1] * 1.06)
     return figure, pd.concat([sampled.assign(decoding="sampled"), greedy.assign(decoding="greedy")]).reset_index()
 
 
@@ -242,18 +243,22 @@ def final_point(axes, size, row, value, low, high, greedy):
     axes.plot(x, row[value], marker=style.marker, color=style.colour, markersize=7, markeredgecolor="white", zorder=3)
     if size in greedy.index:
         axes.plot(x, greedy.loc[size, value], marker=style.marker, color=style.colour, fillstyle="none", markersize=7)
-    side = -1 if size.startswith("filtered") else 1
-    axes.annotate(style.label, (x, row[value]), (8 * side, -2), textcoords="offset points", color=style.colour,
-                  ha="left" if side > 0 else "right", va="top", fontweight="bold", path_effects=HALO)  # fmt: skip
+    shared = {"textcoords": "offset points", "color": style.colour, "fontweight": "bold", "path_effects": HALO}
+    if size == "full":
+        axes.annotate(style.label, (x, row[value]), (8, -2), va="top", **shared)
+    elif size.startswith("filtered"):  # above both marks, where no other size has one
+        highest = max(row[value], greedy[value].get(size, 0.0))
+        axes.annotate(style.label, (x, highest), (4, 7), ha="right", **shared)
 
 
 def examples_ticks(axes, numbers):
-    """Ticks at the sizes themselves, where they are not too near each other; room for labels on both sides."""
-    numbers = sorted(numbers)
-    kept = [number for place, number in enumerate(numbers) if place == 0 or number > 1.5 * numbers[place - 1]]
-    axes.xaxis.set_major_locator(FixedLocator(kept))
+    """Ticks at the sizes themselves, a line lower where the one before is too near; room for labels on both sides."""
+    numbers, last, names = sorted(numbers), 0.0, {}
+    for number in numbers:
+        names[number] = f"{number:.0f}" if number > 1.6 * last else f"\n{number:.0f}"
+        last = number if number > 1.6 * last else last
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:.0f}"))
+    axes.set_xticks(list(names), names.values())
     if numbers:
         axes.set_xlim(numbers[0] / 1.6, numbers[-1] * 1.9)
 
@@ -372,14 +377,14 @@ def length_table(tokens):
 
 @styled
 def training(metrics: pd.DataFrame):
-    """Loss and token entropy over training: faint every step, bold a running mean over a twentieth of the run."""
+    """Loss and token entropy over training, logarithmic: faint every step, bold a running mean over SMOOTHED steps."""
     figure, panels = canvas(3.2, columns=2)
-    names = (("loss", "Training loss a response token"), ("token_entropy", "Token entropy of the policy (nats)"))
+    names = (("loss", "Training loss (nats a response token)"), ("token_entropy", "Token entropy of the policy (nats)"))
     for axes, (column, title) in zip(panels, names, strict=True):
         ends = []
         for (size, _), rows in metrics.groupby(["size", "run"], sort=False):
             style = look(size, short=True)
-            smooth = rows[column].rolling(max(1, len(rows) // 20), center=True, min_periods=1).mean()
+            smooth = rows[column].rolling(SMOOTHED, center=True, min_periods=1).mean()
             axes.plot(rows["examples_seen"], rows[column], color=style.colour, alpha=0.18, linewidth=0.8)
             axes.plot(rows["examples_seen"], smooth, style.line, color=style.colour)
             if not any(end[2] == style.label for end in ends):
@@ -389,7 +394,10 @@ def training(metrics: pd.DataFrame):
         axes.set_xlabel("training examples seen")
         axes.set_title(title)
         axes.set_xlim(left=first)
-        axes.set_ylim(bottom=0, top=metrics[column].quantile(0.995) * 1.05)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         leave_room(axes, 0.2)
         figure.draw_without_rendering()
         label_ends(axes, ends)
@@ -400,7 +408,7 @@ def training(metrics: pd.DataFrame):
 
 @styled
 def heat_map(tables: dict[str, pd.DataFrame]):
-    """Accuracy by subject and level, one panel a size, the number of problems small beneath each value."""
+    """Accuracy by subject and level, one panel a size, how many of how many problems small beneath each value."""
     levels = sorted({level for table in tables.values() for level in table["level"]})
     subjects = sorted({subject for table in tables.values() for subject in table["subject"]})
     figure, panels = canvas(1.1 + 0.44 * len(subjects), columns=len(tables), sharey=True)
@@ -409,7 +417,7 @@ def heat_map(tables: dict[str, pd.DataFrame]):
         cells = table.assign(accuracy=table["correct"] / table["n"]).pivot(index="subject", columns="level")
         cells = cells.reindex(subjects).reindex(columns=levels, level="level")
         image = axes.imshow(cells["accuracy"], cmap="viridis", vmin=0, vmax=top, aspect="auto")
-        write_cells(axes, cells["accuracy"].to_numpy(), cells["n"].to_numpy(), top)
+        write_cells(axes, *(cells[name].to_numpy() for name in ("accuracy", "correct", "n")), top)
         axes.set_xticks(range(len(levels)), [level.replace("Level ", "") for level in levels])
         axes.set_yticks(range(len(subjects)), subjects)
         axes.set_title(look(size).label)
@@ -421,13 +429,14 @@ def heat_map(tables: dict[str, pd.DataFrame]):
     return figure, pd.concat([table.assign(size=size) for size, table in tables.items()])
 
 
-def write_cells(axes, values, counts, top):
+def write_cells(axes, values, correct, counts, top):
     for row, column in np.ndindex(values.shape):
         if counts[row, column] > 0:
             ink = "black" if values[row, column] > 0.55 * top else "white"
-            axes.text(column, row - 0.12, f"{values[row, column] * 100:.0f}", ha="center", va="center", color=ink)
+            shared = {"ha": "center", "va": "center", "color": ink}
+            axes.text(column, row - 0.12, f"{values[row, column] * 100:.0f} %", **shared)
             axes.text(
-                column, row + 0.28, f"of {counts[row, column]:.0f}", ha="center", va="center", color=ink, fontsize=6.5
+                column, row + 0.28, f"{correct[row, column]:.0f} of {counts[row, column]:.0f}", fontsize=6, **shared
             )
 
 

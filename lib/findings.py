@@ -16,8 +16,11 @@ from lib.report import (
     examples,
     final,
     missing_sizes,
+    near_the_form,
     shown_path,
     steps_matched,
+    told_apart,
+    training_ends,
     tuning,
 )
 from lib.tables import (
@@ -36,6 +39,8 @@ from lib.tables import (
 )
 
 TARGET = 0.15  # the assignment: at least 15 % on MATH with the full set, learning rate and batch size tuned
+NOT_PAIRED = "Sizes can't be compared problem by problem: they share no seed, or their answers are missing."
+LITTLE = 0.1  # accuracy below which form is the larger part of what was learned
 BUDGET = 2  # the assignment's estimate for this experiment, H100 hours
 
 
@@ -64,6 +69,17 @@ def finding(study: Study) -> str:
     return f"**Finding.** {' '.join(sentence for sentence in sentences if sentence)}"
 
 
+def caution(study: Study) -> str:
+    """What the intervals cover, and what 'clear' means."""
+    seeds = max((len(study.of_size(size)) for size in study.sizes), default=0)
+    start = "One seed: the" if seeds == 1 else f"At most {seeds} seeds a size, over which values are means: the"
+    return (
+        f"*{start} intervals cover the choice of problems and the sampling of answers, not another training run. A "
+        "difference is called clear where the 95 % interval of the paired difference leaves out zero; it is not "
+        "corrected for the number of comparisons.*"
+    )
+
+
 def unfiltered(study: Study) -> list[str]:
     return [size for size in study.sizes if not size.startswith("filtered")]
 
@@ -82,11 +98,23 @@ def finding_of_size(study: Study) -> str:
     if len(sizes) == 1:
         return f"Accuracy is {first} traces; {context}."
     change = compare(study, sizes[0], sizes[-1])
-    if change is None or not change.clear:
-        return f"More traces make no clear difference: accuracy is {first} traces and {last}; {context}."
+    greedy = greedily(study, sizes[0], sizes[-1])
+    if change is None:
+        return f"Accuracy is {first} traces and {last}; {context}. {NOT_PAIRED}"
+    if not change.clear:
+        return f"More traces make no clear difference: accuracy is {first} traces and {last}; {context}.{greedy}"
     if change.accuracy[0] > 0:
-        return f"More traces help: accuracy rises from {first} traces to {last}; {context}."
-    return f"More traces do not help here: accuracy falls from {first} traces to {last}; {context}."
+        return f"More traces help: accuracy rises from {first} traces to {last}; {context}.{greedy}"
+    return f"More traces do not help here: accuracy falls from {first} traces to {last}; {context}.{greedy}"
+
+
+def greedily(study: Study, first: str, second: str) -> str:
+    """The same comparison of greedy answers, as a sentence to append; nothing where they were not measured."""
+    change = compare(study, first, second, "greedy")
+    if change is None:
+        return ""
+    outcome = "no clear difference" if not change.clear else f"a clear {'gain' if change.accuracy[0] > 0 else 'loss'}"
+    return f" Decoded greedily: {signed(change.accuracy[0])} points ({points_interval(change.accuracy)}), {outcome}."
 
 
 def described(table: pd.DataFrame, size: str) -> str:
@@ -109,18 +137,19 @@ def finding_of_filter(study: Study) -> str:
     else:
         verb = "gains" if change.accuracy[0] > 0 else "loses"
         words = f"{verb} {abs(change.accuracy[0]) * 100:.1f} points ({evidence}), {main_source(change)}"
-    return f"Keeping only the correct {counts} {words}."
+    return f"Keeping only the correct {counts} {words}.{greedily(study, 'full', 'filtered')}"
 
 
 def finding_of_form(study: Study) -> str:
-    """How often answers have the right form, where training taught that and no difference in accuracy is clear."""
+    """How often answers have the right form, where training taught that and accuracy stays low or tells nothing."""
     sizes, table = unfiltered(study), final(study)
     pairs = [(sizes[0], sizes[-1])] if sizes else []
     pairs += [("full", "filtered")] if {"full", "filtered"} <= set(study.sizes) else []
     changes = [compare(study, *pair) for pair in pairs]
     rows = table.loc[[size for size in ("base", *sizes[-1:], "filtered") if size in table.index]]
     learned = rows["format_low"] > rows["format_high"].get("base", 1.0)
-    if any(change and change.clear for change in changes) or not learned.any():
+    told = any(change and change.clear for change in changes) and table["accuracy"].max() >= LITTLE
+    if told or not learned.any():
         return ""
     shares = [
         f"{with_interval(row['format_rate'], row['format_low'], row['format_high'])} with {named(size)}"
@@ -168,7 +197,8 @@ def how_to_read_curves(study: Study) -> str:
     return (
         f"*Accuracy on {rows['n'].iloc[-1]} held-out problems during training, sampled at temperature "
         f"{rows['temperature'].iloc[-1]:g}; bands are 95 % Wilson intervals of one evaluation. {lines}All lines start "
-        "at the same untrained model. The numbers in the text are from the larger evaluation at the end.*"
+        "at the same untrained model, and each run's learning rate decays to its own end: compare the ends of lines, "
+        "not lines at one x. The numbers in the text are from the larger evaluation at the end.*"
     )
 
 
@@ -182,6 +212,10 @@ def gaps(study: Study) -> str:
     lines += [f"**{name} is not finished**; its curve is shown as far as it goes." for name in unfinished]
     if missing_sizes(study):
         lines.append(f"**Missing**: no run for {listed(map(named, missing_sizes(study)))}.")
+    lines += [
+        f"**{name}** has the size and the seed of **{twin}** and is left out everywhere; keep it in another folder."
+        for name, twin in study.doubles
+    ]
     lines += uneven_seeds(study) + differences(study) + incomplete_evaluations(study) + resumed_runs(study)
     if not lines:
         return "All six runs are there, finished, and share every setting but their data."
@@ -248,7 +282,8 @@ def final_words(study: Study) -> str:
     steps = [(f"{named(a)} to {named(b)}", compare(study, a, b)) for a, b in pairwise(unfiltered(study))]
     steps = [(name, change) for name, change in steps if change]
     if not steps:
-        return f"With one size there is no step to compare. {form_words(study)}"
+        alone = len(unfiltered(study)) < 2
+        return f"{'With one size there is no step to compare.' if alone else NOT_PAIRED} {form_words(study)}"
     up = [name for name, change in steps if change.clear and change.accuracy[0] > 0]
     down = [name for name, change in steps if change.clear and change.accuracy[0] < 0]
     level = [name for name, change in steps if not change.clear]
@@ -305,13 +340,20 @@ def examples_words(study: Study) -> str:
 
 
 def verdict_words(study: Study) -> str:
-    """The commonest way to fail, before training and after it."""
+    """The commonest way to fail, before training and after it, and how near to the form the wrong forms are."""
     rows = final(study)
     lines = []
     for size in [size for size in ("base", *study.sizes[-1:]) if size in rows.index]:
         misses = rows.loc[size, ["wrong", "no_answer", "truncated"]].astype(float)
         share, kind = misses.max() / rows.loc[size, "n"], VERDICT_WORDS[misses.idxmax()]
-        lines.append(f"The commonest failure of {named(size)}: {kind} ({percent(share)} of its answers).")
+        lines.append(f"The commonest failure of {named(size)} is: {kind} ({percent(share)} of all its answers).")
+    for size in study.sizes:
+        near, wrong = near_the_form(study, size)
+        if size == "full" and wrong:
+            lines.append(
+                f"Of the {wrong} answers of {named(size)} in a wrong form, {near} are whole and miss it only by the "
+                "white space between `</think>` and `<answer>`."
+            )
     return " ".join(lines)
 
 
@@ -326,19 +368,19 @@ def length_words(study: Study) -> str:
     cut = percent(rows.loc[size, "truncated"] / rows.loc[size, "n"])
     return (
         f"Box: middle half of the answers, whiskers: 5 to 95 %. With {named(size)}, wrong answers are {relation} "
-        f"right ones ({wrong:.0f} and {right:.0f} tokens in the mean); {cut} of all answers are cut off at the limit."
+        f"right ones ({wrong:.0f} and {right:.0f} tokens in the mean, the former with wrong forms and cut-off ones); "
+        f"{cut} of all answers are cut off at the limit."
     )
 
 
 def training_words(study: Study) -> str:
-    ends = study.metrics.groupby("size", sort=False)["loss"].apply(
-        lambda loss: loss.tail(max(1, len(loss) // 20)).mean()
-    )
+    ends = training_ends(study)["loss_last"]
     if len(ends) == 1:
         return f"The loss ends at {ends.iloc[0]:.3f} nats a response token."
     low, high = ends.idxmin(), ends.idxmax()
     return (
-        f"The loss ends lowest with {named(low)} ({ends[low]:.3f}) and highest with {named(high)} ({ends[high]:.3f})."
+        f"The loss ends lowest with {named(low)} ({ends[low]:.3f}) and highest with {named(high)} ({ends[high]:.3f}); "
+        "the sets differ, so this says nothing about which model is better."
     )
 
 
@@ -435,14 +477,34 @@ def tuning_words(study: Study) -> str:
     grid, choice = tuning(study)
     if grid.empty:
         return "Not tuned in this folder of runs (it has no `tuning/tuning.jsonl`); the settings used are listed below."
-    text = f"{len(grid)} short runs, judged on {grid['n'].iloc[0]} problems that the final numbers don't use."
+    epochs = listed(sorted({f"{value:g}" for value in grid["epochs"]}))
+    text = (
+        f"{len(grid)} short runs ({epochs} epoch{'' if epochs == '1' else 's'}, one seed), judged on "
+        f"{grid['n'].iloc[0]} problems that the final numbers don't use."
+    )
     if not choice:
         return f"{text} No choice was recorded."
     chosen = (choice["learning_rate"], choice["batch_size"])
-    why = f": {choice['why'].rstrip('.')}" if choice.get("why") else ""
-    text += f" Chosen: learning rate {chosen[0]:g}, batch size {chosen[1]}{why}."
+    text += f" Chosen: learning rate {chosen[0]:g}, batch size {chosen[1]}{tuning_reason(grid, chosen)}"
     used = {(run.parameters.get("learning_rate"), run.parameters.get("batch_size")) for run in study.finished}
     return f"{text} {'Every run uses it.' if used == {chosen} else '**Not every finished run uses this choice.**'}"
+
+
+def tuning_reason(grid: pd.DataFrame, chosen: tuple[float, int]) -> str:
+    """The chosen point's accuracy, and how many of the others it can't be told from (Fisher's exact test, 5 %)."""
+    here = (grid["learning_rate"] == chosen[0]) & (grid["batch_size"] == chosen[1])
+    if not here.any():
+        return "."
+    best, others = grid[here].iloc[0], grid[~here]
+    text = f", with {with_interval(best['accuracy'], best['accuracy_low'], best['accuracy_high'])} correct"
+    if best["accuracy"] >= grid["accuracy"].max():
+        text += ", the most"
+    close = sum(not told_apart(row, best) for row in others.to_dict("records"))
+    if not len(others):
+        return f"{text}."
+    if not close:
+        return f"{text}; Fisher's exact test tells it from every other point at the 5 % level."
+    return f"{text}; Fisher's exact test can't tell {close} of the other {len(others)} points from it at the 5 % level."
 
 
 def cost_words(study: Study) -> str:
@@ -450,9 +512,12 @@ def cost_words(study: Study) -> str:
     names = sorted({str(run.environment.get("train_device_name", "an unnamed device")) for run in study.finished})
     hours = rows["device_hours"].sum()
     runs = f"The {len(rows)} runs took" if len(rows) > 1 else "The run took"
-    text = f"{runs} {duration(rows['total'].sum())} on {listed(names)}, added up run by run: {hours:.2f} device-hours."
-    if all(str(run.environment.get("train_device", "cpu")).startswith("cpu") for run in study.finished):
-        return f"{text} No GPU was used, so this says nothing about the assignment's {BUDGET} H100 hours."
+    text = (
+        f"{runs} {duration(rows['total'].sum())} on {listed(names)}, added up run by run: {hours:.2f} device-hours, in "
+        "which runs that shared a device count it each; tuning is not in it."
+    )
+    if not published(study):
+        return f"{text} The assignment's estimate of {BUDGET} H100 hours is for Qwen2.5-Math-1.5B on MATH."
     if not all("H100" in name for name in names):
         return f"{text} The assignment estimates {BUDGET} H100 hours; these devices are no H100s: compare with care."
     return f"{text} That is {'within' if hours <= BUDGET else 'over'} the assignment's estimate of {BUDGET} H100 hours."
@@ -464,12 +529,16 @@ def sync_words(study: Study) -> str:
     proofs = [proof for proof in after.get("sync_proof", []) if isinstance(proof, dict)]
     if not proofs:
         return "No evaluation carries a proof that the engine had the policy's weights."
-    worst = max(proof["max_abs_difference"] for proof in proofs)
+    mean = max(proof["mean_abs_difference"] for proof in proofs)
+    single = max(proof["max_abs_difference"] for proof in proofs)
+    low, high = (find(proof["tolerance"] for proof in proofs) for find in (min, max))
+    tolerance = f"{low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"{low:.2g} to {high:.2g}"
     bad = sum(proof["mean_abs_difference"] > proof["tolerance"] for proof in proofs)
     outcome = f"**{bad} beyond their tolerance**" if bad else "all within their tolerance"
     return (
-        f"{len(proofs)} of {len(after)} evaluations of trained weights carry a proof that policy and engine give the "
-        f"same log-probabilities: {outcome}, largest difference of a single token {worst:.2g}."
+        f"Before {len(proofs)} of {len(after)} evaluations of trained weights, policy and engine were compared on "
+        f"tokens that the engine had just sampled. Their log-probabilities differ by at most {mean:.2g} nats in the "
+        f"mean ({outcome} of {tolerance}); the largest difference of a single token is {single:.2g}."
     )
 
 

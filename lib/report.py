@@ -6,12 +6,13 @@ lib/findings.py; this file draws and says nothing.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, fisher_exact
 
 from lib.config import PROJECT_ROOT, UserError
 from lib.tracking import read_lines
@@ -53,6 +54,7 @@ class Study:
     metrics: pd.DataFrame
     evaluations: pd.DataFrame
     incomplete: list[tuple[str, int, int, int]]  # evaluations left out: run, train_step, answers counted, of how many
+    doubles: list[tuple[str, str]]  # runs left out, and which run of the same size and seed stands for them
 
     @property
     def finished(self) -> list[Run]:
@@ -83,13 +85,27 @@ def load(runs_dir) -> Study:
         )
         raise UserError(f"runs_dir: no run in {shown_path(folder)} is finished: {states}")
     runs.sort(key=lambda run: (run.parameters.get("filtered", False), run.data.get("selected", 0), run.size, run.seed))
+    runs, doubles = one_for_each(runs)
     metrics = [row for run in runs for row in with_run(read_lines(run.folder / "metrics.jsonl"), run)]
     evaluations = [row for run in runs for row in with_run(read_lines(run.folder / "evaluations.jsonl"), run)]
     whole = [row for row in evaluations if counted(row) == row["n"]]
     broken = [
         (row["run"], row["train_step"], counted(row), row["n"]) for row in evaluations if counted(row) != row["n"]
     ]
-    return Study(folder, runs, pd.DataFrame(metrics), pd.DataFrame(whole), broken)
+    return Study(folder, runs, pd.DataFrame(metrics), pd.DataFrame(whole), broken, doubles)
+
+
+def one_for_each(runs: list[Run]) -> tuple[list[Run], list[tuple[str, str]]]:
+    """One run a size and seed, a finished one or else the one with the study's own name; and the others' names."""
+    stands: dict[tuple[str, int], Run] = {}
+
+    def rank(run: Run) -> tuple:
+        return run.status != "finished", run.name != run.size + (f"-seed{run.seed}" if run.seed else ""), run.name
+
+    for run in sorted(runs, key=rank):
+        stands.setdefault((run.size, run.seed), run)
+    doubles = [(run.name, stands[run.size, run.seed].name) for run in runs if run not in stands.values()]
+    return [run for run in runs if run in stands.values()], doubles
 
 
 def counted(row: dict) -> int:
@@ -161,6 +177,11 @@ def mcnemar(first, second) -> tuple[int, int, float]:
     if only_first + only_second == 0:
         return 0, 0, 1.0
     return only_first, only_second, binomtest(only_second, only_first + only_second, 0.5).pvalue
+
+
+def told_apart(one: dict, other: dict) -> bool:
+    """Whether two accuracies on samples of their own (`correct` of `n`) differ at 5 % by Fisher's exact test."""
+    return fisher_exact([[row["correct"], row["n"] - row["correct"]] for row in (one, other)]).pvalue < 0.05
 
 
 def paired_bootstrap(statistic, *samples) -> tuple[float, float, float]:
@@ -287,6 +308,29 @@ def base_records(study: Study, decoding: str = "sampled") -> pd.DataFrame:
         if len(table):
             return table
     return table
+
+
+def training_ends(study: Study) -> pd.DataFrame:
+    """Loss and token entropy (nats) at both ends of training, one row a size: the first step and the mean of the last
+    twentieth of the steps, averaged over its finished runs."""
+    rows = []
+    for run in study.finished:
+        steps = study.metrics[study.metrics["run"] == run.name]
+        last = steps.tail(max(1, len(steps) // 20))
+        ends = {name: (steps[name].iloc[0], last[name].mean()) for name in ("loss", "token_entropy")}
+        rows.append(
+            {"size": run.size}
+            | {f"{name}_{end}": ends[name][i] for name in ends for i, end in enumerate(("first", "last"))}
+        )
+    return pd.DataFrame(rows).groupby("size", sort=False).mean()
+
+
+def near_the_form(study: Study, size: str) -> tuple[int, int]:
+    """Answers of a size in a wrong form (seeds together) that miss it only by the white space before `<answer>`, and
+    all in a wrong form. The course's reward wants exactly one space there."""
+    tables = [records(study, run) for run in study.of_size(size)]
+    wrong = [text for table in tables for text in table["response"][table["verdict"] == "no_answer"]]
+    return sum(bool(re.search(r"</think>\s*<answer>.*</answer>", text, re.DOTALL)) for text in wrong), len(wrong)
 
 
 def answer_lengths(study: Study) -> dict[str, pd.Series]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import nbformat
@@ -13,6 +14,7 @@ from fabricated_runs import PLANS, Plan, fabricate, fabricate_run, write_json
 
 from lib import figures, findings, notebooks, report, tables
 from lib.config import PROJECT_ROOT, UserError
+from lib.tracking import read_lines, write_lines
 
 ANALYSIS = PROJECT_ROOT / "notebooks/analysis.ipynb"
 PAIR = ("full", "filtered")
@@ -195,14 +197,14 @@ def test_costs_leave_nothing_out_and_count_each_device(tmp_path, study):
     rows = report.costs(study).set_index("run")
     stages = rows[["setup", "engine_start", "train", "evaluation", "other"]].sum(axis=1)
     assert stages.to_dict() == pytest.approx(rows["total"].to_dict())
-    run = fabricate_run(tmp_path, "full", PLANS["full"])
+    assert "H100 hours is for Qwen2.5-Math-1.5B" in findings.cost_words(study)
+    run = fabricate_run(tmp_path, "full", math_plan("full", model="Qwen/Qwen2.5-Math-1.5B"))
     config = json.loads((run / "config.json").read_text())
     config["environment"].update(train_device="cuda:0", eval_device="cuda:1", train_device_name="NVIDIA H100")
     write_json(run / "config.json", config)
     two = report.load(tmp_path)
     assert report.costs(two)["device_hours"].item() == pytest.approx(2 * rows.loc["full", "total"] / 3600)
     assert "within the assignment's estimate of 2 H100 hours" in findings.cost_words(two)
-    assert "says nothing about the assignment's 2 H100 hours" in findings.cost_words(study)
 
 
 def test_subjects_and_levels_add_up_to_the_whole(study):
@@ -256,6 +258,75 @@ def test_the_second_sentence_follows_the_outcome_of_filtering_and_its_source(tmp
     assert "1370 of 1707 traces" in words
 
 
+def test_greedy_answers_are_compared_beside_the_sampled_ones(study, tmp_path):
+    change = report.compare(study, "full", "filtered", "greedy")
+    said = (
+        f" Decoded greedily: {tables.signed(change.accuracy[0])} points ({tables.points_interval(change.accuracy)}), "
+    )
+    assert said in findings.finding_of_filter(study) and said in findings.finding(study)
+    alike = load_pair(tmp_path, STRONG, STRONG)
+    assert findings.greedily(alike, *PAIR).endswith("no clear difference.")
+
+
+def test_sizes_that_share_no_seed_or_lost_their_answers_are_not_called_alike(tmp_path):
+    fabricate(tmp_path / "seeds", {"n128": WEAK})
+    fabricate(tmp_path / "seeds", {"full": STRONG}, seeds=(1,))
+    fabricate(tmp_path / "lost", {"n128": WEAK, "full": STRONG})
+    for run in ("n128", "full"):
+        shutil.rmtree(tmp_path / "lost" / run / "evaluations")
+    for folder in ("seeds", "lost"):
+        apart = report.load(tmp_path / folder)
+        words = findings.finding_of_size(apart)
+        assert findings.NOT_PAIRED in words and "difference" not in words
+        assert findings.final_words(apart).startswith(findings.NOT_PAIRED)
+
+
+def test_two_runs_of_one_size_and_seed_are_not_mixed(study, six, tmp_path):
+    shutil.copytree(six, tmp_path / "runs")
+    another = fabricate_run(tmp_path / "elsewhere", "full", WEAK, problems=600)
+    another.rename(tmp_path / "runs" / "full-lr2")
+    mixed = report.load(tmp_path / "runs")
+    assert mixed.doubles == [("full-lr2", "full")]
+    pd.testing.assert_frame_equal(report.final(mixed), report.final(study))
+    assert report.compare(mixed, *PAIR).only_second == report.compare(study, *PAIR).only_second
+    assert "**full-lr2** has the size and the seed of **full** and is left out" in findings.gaps(mixed)
+
+
+def test_the_ends_of_training_are_those_of_each_run(tmp_path):
+    """Three seeds of one size, the loss of the last one raised: means over runs, not over the rows of one table."""
+    runs = [fabricate_run(tmp_path, "full", PLANS["full"], seed) for seed in range(3)]
+    lines = [json.loads(line) for line in (runs[2] / "metrics.jsonl").read_text().splitlines()]
+    (runs[2] / "metrics.jsonl").write_text("".join(json.dumps(row | {"loss": row["loss"] + 3}) + "\n" for row in lines))
+    ends = report.training_ends(report.load(tmp_path)).loc["full"]
+    last = len(lines) // 20
+    assert ends["loss_first"] == pytest.approx(lines[0]["loss"] + 1)
+    assert ends["loss_last"] == pytest.approx(sum(row["loss"] for row in lines[-last:]) / last + 1)
+
+
+def test_answers_that_miss_the_form_by_white_space_are_counted(tmp_path):
+    run = fabricate_run(tmp_path, "full", PLANS["full"])
+    (path,) = (run / row["records"] for row in read_lines(run / "evaluations.jsonl")
+               if (row["split"], row["decoding"]) == ("full", "sampled") and row["train_step"])  # fmt: skip
+    answers = ["x </think>\n<answer> 1 </answer>", "x </think><answer>1</answer>", "x </answer>", "</think> <answer> 1"]
+    records = read_lines(path)
+    broken = [record for record in records if record["verdict"] == "no_answer"]
+    for record, answer in zip(broken, answers, strict=False):
+        record["response"] = answer
+    for record in broken[len(answers) :]:
+        record["response"] = ""
+    write_lines(path, records)
+    assert report.near_the_form(report.load(tmp_path), "full") == (2, len(broken))
+    assert f"Of the {len(broken)} answers of the full set in a wrong form, 2 are whole" in findings.verdict_words(
+        report.load(tmp_path)
+    )
+
+
+def test_one_seed_is_said_and_several_are(study, tmp_path):
+    assert findings.caution(study).startswith("*One seed: the intervals cover")
+    several = report.load(fabricate(tmp_path, {"full": PLANS["full"]}, seeds=(0, 1)))
+    assert "At most 2 seeds a size" in findings.caution(several)
+
+
 def test_form_is_the_finding_only_where_it_was_learned_and_accuracy_tells_little(tmp_path):
     least, full, filtered, base = Plan(0.7, 0), Plan(0.8, 0), Plan(0.98, 0), Plan(0, 0, truncated=0.9)
     taught = report.load(fabricate(tmp_path / "a", {"n128": least, "full": full, "filtered": filtered}, base=base))
@@ -267,6 +338,9 @@ def test_form_is_the_finding_only_where_it_was_learned_and_accuracy_tells_little
     assert findings.finding_of_form(untaught) == ""
     clear = report.load(fabricate(tmp_path / "c", {"n128": WEAK, "full": STRONG}, base=base))
     assert findings.finding_of_form(clear) == ""
+    little = {"n128": Plan(0.7, 0.001), "full": Plan(0.9, 0.05)}  # clearly better, and still hardly any mathematics
+    little = report.load(fabricate(tmp_path / "d", little, base=base))
+    assert report.compare(little, "n128", "full").clear and findings.finding_of_form(little)
 
 
 def test_which_part_is_clear_is_said_for_each_case():
@@ -430,7 +504,9 @@ def test_an_evaluation_with_a_failed_part_is_left_out_and_said(tmp_path):
 
 
 def test_proofs_of_sync_are_counted_and_a_bad_one_is_said(tmp_path, study):
-    assert "18 of 18 evaluations of trained weights carry a proof" in findings.sync_words(study)
+    words = findings.sync_words(study)
+    assert "Before 18 of 18 evaluations of trained weights" in words
+    assert "at most 0.002 nats in the mean (all within their tolerance of 0.05)" in words and "token is 0.03." in words
     run = fabricate_run(tmp_path, "n128", PLANS["n128"])
     text = (run / "evaluations.jsonl").read_text()
     (run / "evaluations.jsonl").write_text(text.replace('"mean_abs_difference": 0.002', '"mean_abs_difference": 7'))
@@ -443,11 +519,18 @@ def test_tuning_is_read_where_it_is_and_its_absence_is_said(tmp_path):
     fabricate(tmp_path, {"full": PLANS["full"]})
     assert "Not tuned in this folder" in findings.tuning_words(report.load(tmp_path))
     (tmp_path / "tuning").mkdir()
-    line = {"learning_rate": 4e-4, "batch_size": 32, "accuracy": 0.3, "format_rate": 0.8, "n": 200}
-    (tmp_path / "tuning/tuning.jsonl").write_text(json.dumps(line) + "\n")
-    write_json(tmp_path / "tuning/choice.json", {"learning_rate": 4e-4, "batch_size": 32, "why": "the best"})
-    assert "batch size 32: the best. Every run uses it." in findings.tuning_words(report.load(tmp_path))
-    write_json(tmp_path / "tuning/choice.json", {"learning_rate": 1e-3, "batch_size": 32, "why": "the best"})
+    grid = [(4e-4, 60), (2e-4, 45), (1e-4, 20)]  # right of 200: the second can't be told from the first
+    with open(tmp_path / "tuning/tuning.jsonl", "w") as file:
+        for rate, right in grid:
+            low, high = report.wilson(right, 200)
+            row = {"learning_rate": rate, "batch_size": 32, "accuracy": right / 200, "correct": right, "n": 200}
+            row |= {"accuracy_low": low, "accuracy_high": high, "format_rate": 0.8, "epochs": 1}
+            file.write(json.dumps(row) + "\n")
+    write_json(tmp_path / "tuning/choice.json", {"learning_rate": 4e-4, "batch_size": 32})
+    words = findings.tuning_words(report.load(tmp_path))
+    assert "3 short runs (1 epoch, one seed), judged on 200 problems" in words and "Every run uses it." in words
+    assert "with 30.0 % (24.1–36.7) correct, the most; Fisher's exact test can't tell 1 of the other 2 points" in words
+    write_json(tmp_path / "tuning/choice.json", {"learning_rate": 1e-3, "batch_size": 32})
     assert "**Not every finished run uses this choice.**" in findings.tuning_words(report.load(tmp_path))
 
 
@@ -515,6 +598,7 @@ def test_labels_at_line_ends_do_not_touch():
     axes.set(xlim=(0, 1), ylim=(0, 1))
     figure.draw_without_rendering()
     figures.label_ends(axes, [(0.5, 0.5 + place / 1000, f"line {place}", "black") for place in range(5)])
+    figures.label_ends(axes, [(0.1, 0.2, "a long name", "black"), (0.17, 0.201, "short", "black")])
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in axes.texts]
     assert not any(one.overlaps(two) for one in boxes for two in boxes if one is not two)
