@@ -258,10 +258,12 @@ def training_words(rows: list[dict]) -> str:
     if full["peak_gb"] is not None:
         largest = f"at up to {full['largest_microbatch']:,} computed tokens a microbatch"
         lines.append(f"Peak memory is {full['peak_gb']:.1f} GB {largest}.")
-    if FILLED in ours and ours[FILLED]["peak_gb"] is not None:
-        row = ours[FILLED]
-        within = target(row["peak_gb"] <= 45, "at most 45 GB")
-        lines.append(f"With {row['largest_microbatch']:,} tokens in one it is {row['peak_gb']:.1f} GB ({within}).")
+    for name in (FILLED, NO_SHARING):
+        row = ours.get(name)
+        if row and row["peak_gb"] is not None:
+            within = target(row["peak_gb"] <= 45, "at most 45 GB")
+            words = f"With {row['largest_microbatch']:,} computed tokens in one ('{name}')"
+            lines.append(f"{words} it is {row['peak_gb']:.2f} GB ({within}).")
     for name in (NAIVE, EAGER, NO_SHARING, LIGER):
         if name in ours:
             ratio = full["tokens_per_second"] / ours[name]["tokens_per_second"]
@@ -277,7 +279,9 @@ def training_words(rows: list[dict]) -> str:
             lines.append(f"Without sharing the preamble, which TRL can't do, it would be {ratio:.2f} times.")
         same = [row for row in [*ours.values(), *trl.values()] if row["variant"] != FILLED]
         gap = max(abs(row["mean_loss"] - full["mean_loss"]) for row in same)
-        lines.append(f"The mean losses of all variants on the same batches differ by at most {gap:.4f}.")
+        lines.append(
+            f"The mean losses of all variants on the same batches differ by at most {gap:.4f}; '{FILLED}' has its own."
+        )
     else:
         lines.append("TRL was not measured, so the comparison is open.")
     return " ".join(lines)
@@ -317,7 +321,7 @@ def engine_words(seen: dict[str, dict], tried: dict[str, dict]) -> list[str]:
             f"Meanwhile the GPU was busy {share(busy)} of the time, the engine's process {cores:.2f} cores{limit}."
         )
     for name, row in tried.items():
-        line = f"Not used: '{name}' answers {row['problems_per_second'] / rate:.2f} times as many"
+        line = f"Not used: '{name}' answers {row['problems_per_second'] / rate:.2f} times as many problems a second"
         line += f", with the GPU busy {share(row['gpu_busy'])} of the time" if "gpu_busy" in row else ""
         for peer, size in GENERATE.items():
             if peer in seen:

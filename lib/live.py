@@ -9,6 +9,7 @@ from pandas.io.formats.style import Styler
 
 from lib.config import describe_environment, shorten_path
 from lib.run import Run
+from lib.tables import VERDICT_WORDS
 
 SHARE_OF_TIME = 0.01  # that drawing may take: training waits for it
 
@@ -18,7 +19,7 @@ def banner(run: Run) -> Markdown:
     config, sizes, environment = run.config, run.sizes, describe_environment(run.config)
     commit = (environment["git_commit"] or "unknown")[:10] + (" with local changes" if environment["git_dirty"] else "")
     known = sizes["correct"] is not None
-    form = f", {sizes['correct_form']} of correct form, {sizes['correct']} correct" if known else ""
+    form = f", {sizes['correct_form']} in the right form, {sizes['correct']} correct" if known else ""
     chosen = f"{sizes['selected']} examples about {sizes['selected_problems']} problems"
     if known:
         chosen += f" ({sizes['selected_correct']} of them correct)"
@@ -87,7 +88,7 @@ class LiveView:
             axis.clear()
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_xlabel("optimizer step")
-            axis.set_xlim(0, self.total)
+            axis.set_xlim(-0.02 * self.total, 1.02 * self.total)
         loss_axis.plot([m["train_step"] for m in metrics], [m["loss"] for m in metrics], color="#0072B2")
         loss_axis.set_ylabel("loss (nats a response token)")
         steps = [e["train_step"] for e in evaluations]
@@ -96,7 +97,7 @@ class LiveView:
         high = [100 * (e["accuracy_high"] - e["accuracy"]) for e in evaluations]
         accuracy_axis.errorbar(steps, accuracy, (low, high), marker="o", capsize=2, color="#0072B2", label="accuracy")
         formats = [100 * e["format_rate"] for e in evaluations]
-        accuracy_axis.plot(steps, formats, marker=".", linestyle=":", color="#777777", label="correct form")
+        accuracy_axis.plot(steps, formats, marker=".", linestyle=":", color="#777777", label="right form")
         accuracy_axis.set_ylabel(f"of {evaluations[0]['n']} problems (%)")
         accuracy_axis.set_ylim(0, 100)
         accuracy_axis.legend(frameon=False, loc="best")
@@ -123,10 +124,8 @@ def evaluation_table(lines: list[dict]) -> pd.DataFrame:
             "problems": line["n"],
             "decoding": "greedy" if line["decoding"] == "greedy" else f"T = {line['temperature']:g}",
             **_rates(line),
-            "wrong": line["wrong"],
-            "no answer": line["no_answer"],
-            "truncated": line["truncated"],
-            "tokens": "–" if line.get("failed") else f"{line['mean_tokens']:.0f}",
+            **{words: line[verdict] for verdict, words in VERDICT_WORDS.items() if verdict != "correct"},
+            "tokens (mean)": "–" if line.get("failed") else f"{line['mean_tokens']:.0f}",
         }
         for line in lines
     ).set_index("step")
@@ -134,11 +133,11 @@ def evaluation_table(lines: list[dict]) -> pd.DataFrame:
 
 def _rates(line: dict) -> dict:
     if line.get("failed"):
-        return {"accuracy": f"{line['failed']} failed", "95 % interval": "does not count", "correct form": "–"}
+        return {"accuracy": f"{line['failed']} failed", "95 % interval": "does not count", "right form": "–"}
     return {
         "accuracy": f"{line['accuracy']:.1%}",
         "95 % interval": f"{line['accuracy_low']:.1%} to {line['accuracy_high']:.1%}",
-        "correct form": f"{line['format_rate']:.1%}",
+        "right form": f"{line['format_rate']:.1%}",
     }
 
 
@@ -169,7 +168,7 @@ def generations_table(run: Run, before: list[dict], after: list[dict]) -> Styler
                             "problem": record["id"],
                             "policy": name,
                             "response": _shorten(shown["response"]),
-                            "verdict": shown["verdict"].replace("_", " "),
+                            "verdict": VERDICT_WORDS.get(shown["verdict"], shown["verdict"]),
                             "tokens": shown["tokens"],
                             "entropy": None if shown["token_entropy"] is None else f"{shown['token_entropy']:.2f}",
                         }

@@ -136,7 +136,7 @@ def test_a_failed_variant_is_a_line_that_says_why():
 def test_sentences_tell_met_from_missed():
     words = benchmark.training_words(rows())
     assert f"TRL is fastest as '{TRL[0]}'; ours makes 1.50 times its tokens/s (at least 1.3 times: **met**)" in words
-    assert "3.00 times the tokens/s of 'padded, full logits'" in words and "44.0 GB (at most 45 GB: **met**)" in words
+    assert "3.00 times the tokens/s of 'padded, full logits'" in words and "44.00 GB (at most 45 GB: **met**)" in words
     assert "missed" not in words
     slower = benchmark.training_words(rows(rate=50_000, utilisation=0.44))
     assert "1.25 times its tokens/s (at least 1.3 times: **missed**)" in slower
@@ -146,7 +146,10 @@ def test_sentences_tell_met_from_missed():
     assert "25.0 times `generate` with batches of 256 (at least 20 times: **met**)" in words
     assert "10.0 times `generate` with batches of 32 (at least 20 times: **missed**)" in words
     assert "busy 40.0 % of the time, the engine's process 1.01 cores: its Python is the limit" in words
-    assert "answers 1.60 times as many, with the GPU busy 97.0 % of the time, 40.0 times `generate`" in words
+    assert (
+        "answers 1.60 times as many problems a second, with the GPU busy 97.0 % of the time, 40.0 times `generate`"
+        in words
+    )
 
 
 def test_what_limits_the_engine_is_only_said_where_it_was_seen():
