@@ -347,13 +347,12 @@ def verdict_words(study: Study) -> str:
         misses = rows.loc[size, ["wrong", "no_answer", "truncated"]].astype(float)
         share, kind = misses.max() / rows.loc[size, "n"], VERDICT_WORDS[misses.idxmax()]
         lines.append(f"The commonest failure of {named(size)} is: {kind} ({percent(share)} of all its answers).")
-    for size in study.sizes:
-        near, wrong = near_the_form(study, size)
-        if size == "full" and wrong:
-            lines.append(
-                f"Of the {wrong} answers of {named(size)} in a wrong form, {near} are whole and miss it only by the "
-                "white space between `</think>` and `<answer>`."
-            )
+    near, wrong = near_the_form(study, "full")
+    if wrong:
+        lines.append(
+            f"Of the {wrong} answers of the full set in a wrong form, {near} are whole and miss it only by the white "
+            "space between `</think>` and `<answer>`."
+        )
     return " ".join(lines)
 
 

@@ -13,7 +13,7 @@ from lib.batching import Microbatch, Sequence, pack
 from lib.config import UserError
 from lib.loss import compute_entropy
 
-PACKING_TOLERANCE = 0.01  # nats, in fp32; 0.00001 is usual
+PACKING_TOLERANCE = 0.1  # nats, in fp32, where 0.00001 is usual; what is refused was off by 0.2 and more
 LOGITS_AT_ONCE = 1 << 27  # elements of the logits (tokens x vocabulary) that a backward pass holds
 
 
