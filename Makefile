@@ -66,7 +66,7 @@ test: setup  ## style and all tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
 
-faults: setup  ## real runs killed, interrupted, starved and broken, and what became of them: 19 minutes
+faults: setup  ## real runs killed, interrupted, starved and broken, and what became of them: 15 minutes
 	$(BIN)/python -m pytest -q -m faults
 
 lint: setup
