@@ -214,9 +214,9 @@ def evaluation_table(rows: list[dict]) -> str:
     for row in (row for row in rows if row["part"] in ("evaluation", "engines")):
         rate = row.get("problems_per_second")
         seconds = row["seconds"] if "seconds" in row else row.get("start_seconds")
-        what = {name: "s engine start" for name in (VLLM, THREE, NO_CACHE)}
-        what |= {SYNC: "s a sync (median of 5)", GRADING: f"s for {row.get('problems')} answers"}
-        shown = "" if seconds is None else f"{seconds:.2f} {what.get(row['variant'], 's')}"
+        what = {SYNC: "s a sync (median of 5)", GRADING: f"s for {row.get('problems')} answers"}
+        unit = "s engine start" if "start_seconds" in row else what.get(row["variant"], "s")
+        shown = "" if seconds is None else f"{seconds:.2f} {unit}"
         lines.append(
             {
                 "variant": row["variant"],

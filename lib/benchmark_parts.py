@@ -384,12 +384,12 @@ def measure_trl(settings) -> None:
 # --- Evaluation ----------------------------------------------------------------------------------------------------
 
 
-def questions(settings) -> tuple[list[list[int]], list, list]:
+def questions(settings, tokenizer) -> tuple[list[list[int]], list, list]:
     """Prompts for vLLM and `generate`, with the examples and problems that they and grading come from."""
     examples, template = load_examples(settings.data_dir)
     problems = load_problems(settings.data_dir / "validation.jsonl")
     chosen = stratified_subset(problems, settings.eval_problems, settings.seed)
-    return encode_prompts(chosen, template, policy.load_tokenizer(settings.model)), examples, problems
+    return encode_prompts(chosen, template, tokenizer), examples, problems
 
 
 def start_engines(settings, prompts, count: int = 1, memory: float = 0.5, **options) -> tuple[list, float]:
@@ -429,7 +429,7 @@ def vllm_row(settings, prompts, running: list, start_seconds: float) -> dict:
 def measure_evaluation(settings) -> None:
     """vLLM by `lib.engine` on a GPU that it shares with the policy, `generate` on the same prompts, and grading."""
     tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
-    prompts, examples, problems = questions(settings)
+    prompts, examples, problems = questions(settings, tokenizer)
     settings.out.with_name("engine.log").unlink(missing_ok=True)
     running = []
 
@@ -469,7 +469,7 @@ def measure_evaluation(settings) -> None:
 
 def measure_engines(settings) -> None:
     """vLLM otherwise than a run starts it, on a GPU of its own: what was tried and is not used."""
-    prompts, _, _ = questions(settings)
+    prompts, _, _ = questions(settings, policy.load_tokenizer(settings.model))
 
     def answer(count: int, **options) -> dict:
         running, seconds = start_engines(settings, prompts, count, memory=0.8, **options)

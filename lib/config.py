@@ -83,6 +83,16 @@ INCIDENTAL = {
     *("train_device", "eval_device", "gpu_memory_utilization", "engine_timeout", "eval_beside_training"),
 }
 
+
+def changed_settings(made: Mapping, asked: Mapping) -> list[str]:
+    """In words, the settings of something `made` earlier that its numbers depend on and that are `asked` otherwise."""
+    return [
+        f"{name} is {value!r} there, {asked[name]!r} is asked for"
+        for name, value in made.items()
+        if name in asked and name not in INCIDENTAL and asked[name] != value
+    ]
+
+
 # The one place where a profile matters: what `None` in the parameters cell stands for.
 PROFILES = {
     "math": {

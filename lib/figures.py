@@ -255,8 +255,9 @@ def examples_ticks(axes, numbers):
     """Ticks at the sizes themselves, a line lower where the one before is too near; room for labels on both sides."""
     numbers, last, names = sorted(numbers), 0.0, {}
     for number in numbers:
-        names[number] = f"{number:.0f}" if number > 1.6 * last else f"\n{number:.0f}"
-        last = number if number > 1.6 * last else last
+        near = number <= 1.6 * last
+        names[number] = f"\n{number:.0f}" if near else f"{number:.0f}"
+        last = last if near else number
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(names), names.values())
     if numbers:

@@ -98,14 +98,15 @@ def finding_of_size(study: Study) -> str:
     if len(sizes) == 1:
         return f"Accuracy is {first} traces; {context}."
     change = compare(study, sizes[0], sizes[-1])
-    greedy = greedily(study, sizes[0], sizes[-1])
     if change is None:
         return f"Accuracy is {first} traces and {last}; {context}. {NOT_PAIRED}"
     if not change.clear:
-        return f"More traces make no clear difference: accuracy is {first} traces and {last}; {context}.{greedy}"
-    if change.accuracy[0] > 0:
-        return f"More traces help: accuracy rises from {first} traces to {last}; {context}.{greedy}"
-    return f"More traces do not help here: accuracy falls from {first} traces to {last}; {context}.{greedy}"
+        words = f"make no clear difference: accuracy is {first} traces and {last}"
+    elif change.accuracy[0] > 0:
+        words = f"help: accuracy rises from {first} traces to {last}"
+    else:
+        words = f"do not help here: accuracy falls from {first} traces to {last}"
+    return f"More traces {words}; {context}.{greedily(study, sizes[0], sizes[-1])}"
 
 
 def greedily(study: Study, first: str, second: str) -> str:
@@ -145,11 +146,12 @@ def finding_of_form(study: Study) -> str:
     sizes, table = unfiltered(study), final(study)
     pairs = [(sizes[0], sizes[-1])] if sizes else []
     pairs += [("full", "filtered")] if {"full", "filtered"} <= set(study.sizes) else []
-    changes = [compare(study, *pair) for pair in pairs]
     rows = table.loc[[size for size in ("base", *sizes[-1:], "filtered") if size in table.index]]
     learned = rows["format_low"] > rows["format_high"].get("base", 1.0)
-    told = any(change and change.clear for change in changes) and table["accuracy"].max() >= LITTLE
-    if told or not learned.any():
+    if not learned.any():
+        return ""
+    changes = (compare(study, *pair) for pair in pairs)
+    if table["accuracy"].max() >= LITTLE and any(change and change.clear for change in changes):
         return ""
     shares = [
         f"{with_interval(row['format_rate'], row['format_low'], row['format_high'])} with {named(size)}"

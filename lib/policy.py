@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from lib import attention
 from lib.batching import Microbatch, Sequence, pack
 from lib.config import UserError
-from lib.loss import compute_entropy
+from lib.loss import compute_entropy, get_response_log_probs
 
 PACKING_TOLERANCE = 0.1  # nats, in fp32, where 0.00001 is usual; what is refused was off by 0.2 and more
 LOGITS_AT_ONCE = 1 << 27  # elements of the logits (tokens x vocabulary) that a backward pass holds
@@ -59,9 +59,8 @@ def _check_packing(policy: torch.nn.Module, model: str) -> None:
     ids = torch.arange(64, device=policy.device).view(2, 32) % policy.config.get_text_config().vocab_size
     with torch.no_grad(), as_written(policy):
         packed, _ = response_log_probs(policy, pack([Sequence("", row, 1) for row in ids.tolist()]).to(policy.device))
-        logits = policy(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (2, 31, V)
-    alone = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten()
-    gap = (packed - alone).abs().max().item()
+        alone = get_response_log_probs(policy, ids[:, :-1], ids[:, 1:])["log_probs"]  # (2, 31)
+    gap = (packed - alone.flatten()).abs().max().item()
     if gap > PACKING_TOLERANCE:
         raise UserError(
             f"model={model!r}: its architecture can't be trained on packed sequences: their log-probabilities differ "

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, bootstrap, fisher_exact
 
-from lib.config import PROJECT_ROOT, UserError
+from lib.config import PROJECT_ROOT, UserError, default_run_name
 from lib.tracking import read_lines
 
 SIZES = ("n128", "n256", "n512", "n1024", "full", "filtered")
@@ -97,15 +97,16 @@ def load(runs_dir) -> Study:
 
 def one_for_each(runs: list[Run]) -> tuple[list[Run], list[tuple[str, str]]]:
     """One run a size and seed, a finished one or else the one with the study's own name; and the others' names."""
-    stands: dict[tuple[str, int], Run] = {}
+    stands: dict[tuple[str, int], str] = {}
 
     def rank(run: Run) -> tuple:
-        return run.status != "finished", run.name != run.size + (f"-seed{run.seed}" if run.seed else ""), run.name
+        n, filtered = run.parameters.get("n"), run.parameters.get("filtered", False)
+        return run.status != "finished", run.name != default_run_name(n, filtered, run.seed), run.name
 
     for run in sorted(runs, key=rank):
-        stands.setdefault((run.size, run.seed), run)
-    doubles = [(run.name, stands[run.size, run.seed].name) for run in runs if run not in stands.values()]
-    return [run for run in runs if run in stands.values()], doubles
+        stands.setdefault((run.size, run.seed), run.name)
+    twins = [(run, stands[run.size, run.seed]) for run in runs]
+    return [run for run, twin in twins if run.name == twin], [(r.name, twin) for r, twin in twins if r.name != twin]
 
 
 def counted(row: dict) -> int:
@@ -315,13 +316,9 @@ def training_ends(study: Study) -> pd.DataFrame:
     twentieth of the steps, averaged over its finished runs."""
     rows = []
     for run in study.finished:
-        steps = study.metrics[study.metrics["run"] == run.name]
-        last = steps.tail(max(1, len(steps) // 20))
-        ends = {name: (steps[name].iloc[0], last[name].mean()) for name in ("loss", "token_entropy")}
-        rows.append(
-            {"size": run.size}
-            | {f"{name}_{end}": ends[name][i] for name in ends for i, end in enumerate(("first", "last"))}
-        )
+        steps = study.metrics.loc[study.metrics["run"] == run.name, ["loss", "token_entropy"]]
+        first, last = steps.iloc[0], steps.tail(max(1, len(steps) // 20)).mean()
+        rows.append({"size": run.size, **first.add_suffix("_first"), **last.add_suffix("_last")})
     return pd.DataFrame(rows).groupby("size", sort=False).mean()
 
 

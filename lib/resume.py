@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lib import checkpoint
 from lib.batching import Sequence
-from lib.config import INCIDENTAL, RunConfig, UserError, shorten_path
+from lib.config import RunConfig, UserError, changed_settings, shorten_path
 from lib.evaluate import parts
 from lib.tracking import Past, read_lines
 
@@ -19,12 +19,7 @@ def read_past(config: RunConfig, batches: list[list[Sequence]], found: Path) -> 
     """
     folder = shorten_path(str(config.run_dir))
     written = json.loads((config.run_dir / "config.json").read_text(encoding="utf-8"))
-    own = config.to_dict()
-    changed = [
-        f"{name} is {value!r} there, {own[name]!r} is asked for"
-        for name, value in written["parameters"].items()
-        if name in own and name not in INCIDENTAL and own[name] != value
-    ]
+    changed = changed_settings(written["parameters"], config.to_dict())
     state = checkpoint.read_state(found)
     if state["data"] != hash_batches(batches):
         changed.append("its training data are not the same any more")

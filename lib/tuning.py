@@ -4,14 +4,14 @@ import copy
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lib import engine as engines
-from lib.config import INCIDENTAL, RunConfig, UserError, shorten_path, write_json
+from lib.config import INCIDENTAL, RunConfig, UserError, changed_settings, shorten_path, write_json
 from lib.evaluate import evaluate, summarize
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
@@ -41,8 +41,9 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
             raise UserError(f"{name}={values!r}: must be a list of positive numbers of type {kind.__name__}{hint}")
     folder.mkdir(parents=True, exist_ok=True)
     path, log_file = folder / "tuning.jsonl", folder / "run.log"
-    done = {(row["learning_rate"], row["batch_size"]): row for row in read_lines(path)}
-    _refuse_other_settings(done.values(), config, path)
+    rows = read_lines(path)
+    _refuse_other_settings(rows, config, path)
+    done = {(row["learning_rate"], row["batch_size"]): row for row in rows}
     grid = list(itertools.product(learning_rates, batch_sizes))
     runs = {point: prepare(replace(config, learning_rate=point[0], batch_size=point[1])) for point in grid}
     yield from (done[point] for point in grid if point in done)
@@ -71,13 +72,12 @@ def _settings(config: RunConfig) -> dict:
     return {k: v for k, v in config.to_dict().items() if k not in INCIDENTAL | {"learning_rate", "batch_size"}}
 
 
-def _refuse_other_settings(rows: Iterable[dict], config: RunConfig, path: Path) -> None:
+def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> None:
     """UserError where the file holds points of another grid: one choice can't be made from both."""
     asked = _settings(config)
     for number, row in enumerate(rows, start=1):
         made = row.get("settings", {})
-        changed = [f"{k} is {made.get(k)!r} there, {v!r} is asked for" for k, v in asked.items() if made.get(k) != v]
-        if changed:
+        if changed := changed_settings(dict.fromkeys(asked) | made, asked):
             raise UserError(
                 f"{shorten_path(str(path))}, line {number}: made with other settings "
                 f"({'; '.join(changed) if made else 'it does not say which'}); ask for the same, choose another "

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lib.config import UserError, resolve
+from lib.config import PROFILES, UserError, resolve
 from lib.tuning import GRIDS, _settings, choose, tune
 
 
@@ -66,7 +66,5 @@ def test_the_choice_names_what_it_can_t_be_told_from(config, tmp_path):
 
 
 def test_every_profile_has_its_grid(config):
-    from lib.config import PROFILES
-
     assert set(GRIDS) == set(PROFILES)
     assert PROFILES[config.profile]["learning_rate"] in GRIDS[config.profile]["learning_rates"]
