@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.config import UserError, shorten_path
+from lib.files import UserError, shorten_path
 from lib.grading import grade_many
 
 PROMPTS = Path(__file__).parent / "prompts"

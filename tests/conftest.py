@@ -70,7 +70,7 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture
 def parameters(data_dir, tiny_model, tmp_path) -> dict:
     """The notebook's parameters with their defaults, pointed at the toy data and model."""
-    from lib.notebooks import notebook_parameters
+    from lib.study.execution import notebook_parameters
 
     values = notebook_parameters(Path(__file__).parents[1] / "notebooks/train.ipynb")
     toy = {"n": 16, "profile": "mini", "data_dir": str(data_dir), "model": str(tiny_model), "n_val": 8}

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from conftest import mini_rows, write_rows
 
-from lib.config import UserError
 from lib.data import (
     distinct,
     load_evaluation_problems,
@@ -16,6 +15,7 @@ from lib.data import (
     select_examples,
     stratified_subset,
 )
+from lib.files import UserError
 
 MATH = Path(__file__).parents[2] / "shared" / "MATH"
 needs_math = pytest.mark.skipif(not MATH.is_dir(), reason="the MATH data is not beside the project")

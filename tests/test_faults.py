@@ -20,9 +20,8 @@ import nbformat
 import psutil
 import pytest
 
-from lib.config import PROJECT_ROOT
-from lib.report import load
-from lib.tracking import read_lines
+from lib.files import PROJECT_ROOT, read_lines
+from lib.report.numbers import load
 
 pytestmark = pytest.mark.faults
 NOTEBOOK = PROJECT_ROOT / "notebooks/train.ipynb"
@@ -164,7 +163,7 @@ def test_killed_at_any_moment(folder, report):
 
 KILL_IN_CHECKPOINT = """
 import os, signal
-from lib import checkpoint
+from lib.training import checkpoint
 write = checkpoint._write_tensors
 def write_and_die(path, tensors):
     write(path, tensors)
@@ -188,15 +187,15 @@ def test_killed_while_writing_a_checkpoint(folder, report):
 
 KILL_IN_LINE = """
 import json, os, signal
-from lib import tracking
-append = tracking._append_lines
+from lib.run import tracker as tracking
+append = tracking.append_lines
 def append_and_die(path, rows):
     if path.name == "evaluations.jsonl" and rows[0]["train_step"] == 8:
         with open(path, "a") as file:
             file.write(json.dumps(rows[0])[:100])
         os.kill(os.getpid(), signal.SIGKILL)
     append(path, rows)
-tracking._append_lines = append_and_die
+tracking.append_lines = append_and_die
 """
 
 
@@ -333,7 +332,7 @@ def test_engine_hangs_during_generation(folder, report):
 KILL_GRADERS = """
 import threading, time
 import psutil
-from lib import evaluate
+from lib.evaluation import evaluate
 from lib.grading import grade_many as grade
 
 def hunt(stop):
@@ -386,7 +385,7 @@ def test_wandb_dies_in_the_middle(folder, report):
 
 NAN = """
 import torch
-from lib import run as running
+from lib.run import life_cycle as running
 steps = running.train_steps
 def steps_with_nan(policy, *arguments):
     for metrics in steps(policy, *arguments):
@@ -409,7 +408,7 @@ def test_loss_not_a_number(folder, report):
 
 OUT_OF_MEMORY = """
 import torch
-from lib import train as training
+from lib.training import steps as training
 backward, count = training.backward, 0
 def too_large(*arguments):
     global count
@@ -446,7 +445,7 @@ def test_second_process_on_a_run(folder, report):
 
 
 FAILED_PART = """
-from lib import engine as engines
+from lib.evaluation import engine as engines
 generate = run.engine.llm.generate
 def generate_with_failures(*arguments, **settings):
     outputs = generate(*arguments, **settings)

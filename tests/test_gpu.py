@@ -17,13 +17,13 @@ import torch
 from conftest import mini_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lib import checkpoint
-from lib.attention import _attend_at_once, _attend_in_turn, make_packing
-from lib.batching import encode, make_batches, make_microbatches
-from lib.config import resolve
 from lib.data import Example, load_examples
-from lib.policy import backward, load_policy, load_tokenizer
-from lib.train import make_optimizer, train_steps
+from lib.settings import resolve
+from lib.training import checkpoint
+from lib.training.attention import _attend_at_once, _attend_in_turn, make_packing
+from lib.training.batching import encode, make_batches, make_microbatches
+from lib.training.policy import backward, load_policy, load_tokenizer
+from lib.training.steps import make_optimizer, train_steps
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "lib" / "mini" / "model")
@@ -49,7 +49,15 @@ def memory_used() -> list[int]:
 
 
 def start(train_device: str, eval_device: str, end: str = "normal", share: float = 0.3) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tests/gpu_engine.py"), MODEL, train_device, eval_device, end, str(share)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/evaluation/gpu_engine.py"),
+        MODEL,
+        train_device,
+        eval_device,
+        end,
+        str(share),
+    ]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(command, env=environment(), **pipes, text=True)
 

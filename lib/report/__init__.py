@@ -1,0 +1,1 @@
+"""The report: runs read back, statistics, tables, figures and sentences."""

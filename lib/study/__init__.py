@@ -1,0 +1,1 @@
+"""Many runs: the command `python -m lib.study`, the execution of notebooks, and tuning."""

@@ -1,0 +1,206 @@
+"""Executes notebooks, each in a process of its own, so that whatever it started ends with it."""
+
+import ast
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+
+from lib.files import PROJECT_ROOT, UserError, shorten_path
+
+MARK = "SFT_STUDY_FOLDER"  # in the environment of every process started here: the folder that it works for
+GRACE = 15  # seconds that an interrupted notebook has to shut its kernel down before it is killed
+POLL = 0.3  # seconds between two looks at running notebooks
+# Pages stand alone (no script or font from elsewhere) and are as wide as a text should be.
+PAGE_STYLE = """<style>
+body { max-width: 860px; margin: 0 auto !important }
+.jp-RenderedMarkdown table { font-size: 12.5px }
+.jp-RenderedMarkdown table td { white-space: nowrap }
+</style>"""
+
+
+def notebook_parameters(notebook: Path) -> dict:
+    """Names and defaults in a notebook's parameters cell (None for a default that is no literal)."""
+    from papermill import inspect_notebook
+
+    if not Path(notebook).is_file():
+        raise UserError(f"there is no notebook {shorten_path(str(notebook))}")
+    return {name: read_value(found["default"]) for name, found in inspect_notebook(str(notebook)).items()}
+
+
+def read_value(text: str, otherwise=None):
+    """A Python literal, or `otherwise` where the text is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return otherwise
+
+
+class Execution:
+    """A notebook on its way through a process of its own: `start` it, watch `is_running`, then take its `result`.
+
+    The executed notebook appears under `output` only when it is whole; a failed one as `<name>.failed.ipynb`, with what
+    its process printed in `<name>.log`. Whatever happens in between, `end` leaves nothing of it behind.
+    """
+
+    def __init__(self, notebook: Path, output: Path, parameters: dict, owner: Path):
+        self.output, self.owner = output, owner
+        self.partial = output.with_name(f".{output.stem}.partial.ipynb")
+        self.log = output.with_suffix(".log")
+        self.command = [sys.executable, "-m", "papermill", str(notebook), str(self.partial)]
+        self.command += ["--no-progress-bar", "--log-level", "WARNING"]
+        for name, value in parameters.items():
+            self.command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
+        self.process: subprocess.Popen | None = None
+        self.sessions: set[int] = set()  # of every process seen below it
+
+    def start(self) -> None:
+        with open(self.log, "w", encoding="utf-8") as printed:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=PROJECT_ROOT,
+                env={**os.environ, MARK: str(self.owner), "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def is_running(self) -> bool:
+        """To be asked several times a second: it also notes the processes that will have to end with the notebook."""
+        if self.process.poll() is not None:
+            return False
+        self.sessions |= sessions_below(self.process.pid)
+        return True
+
+    def result(self) -> str | None:
+        """None, or why it failed in one line; to be asked once it no longer runs."""
+        kill_sessions(self.sessions)
+        failed = self.output.with_suffix(".failed.ipynb")
+        if self.process.returncode == 0:
+            publish(self.partial, self.output)
+            self.log.unlink()
+            failed.unlink(missing_ok=True)
+            return None
+        reason = failure(self.partial, self.log, self.process.returncode)
+        if self.partial.is_file():
+            publish(self.partial, failed)
+        return reason
+
+
+def execute(notebook: Path, output: Path, parameters: dict, owner: Path) -> str | None:
+    """Execute one notebook (see `Execution`) and wait for it; returns None, or why it failed in one line."""
+    execution = Execution(notebook, output, parameters, owner)
+    try:
+        execution.start()
+        while execution.is_running():
+            time.sleep(POLL)
+        return execution.result()
+    finally:
+        end([execution])
+
+
+def end(executions: list[Execution]) -> None:
+    """End notebooks and whatever they started, also where this is stopped in the middle of them.
+
+    Those that still run are interrupted all at once, so that each kernel can shut its engine down; what is left of them
+    after `GRACE` is killed.
+    """
+    started = [one for one in executions if one.process is not None]
+    for one in started:
+        if one.is_running():
+            one.process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + GRACE
+    for one in started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            one.process.wait(max(deadline - time.monotonic(), 0))
+    kill_sessions(set().union(*(one.sessions for one in started)))
+    for one in started:
+        one.process.wait()
+        one.partial.unlink(missing_ok=True)
+
+
+def sessions_below(pid: int) -> set[int]:
+    """Process sessions of a process and all its descendants: a kernel has its own, and its engine lives in it."""
+    sessions = set()
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return sessions
+    for process in family:
+        try:
+            sessions.add(os.getsid(process.pid))
+        except ProcessLookupError:
+            continue
+    return sessions - {os.getsid(0)}
+
+
+def kill_sessions(sessions: set[int]) -> int:
+    """SIGKILL every process of these sessions; how many there were."""
+    killed = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
+                process.kill()
+                killed.append(process)
+        except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            continue
+    psutil.wait_procs(killed, timeout=5)
+    return len(killed)
+
+
+def sweep(folder: Path) -> int:
+    """End processes that a killed study of this folder left behind; how many there were."""
+    sessions = set()
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(folder):
+                sessions.add(os.getsid(process.pid))
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return kill_sessions(sessions - {os.getsid(0)})
+
+
+def publish(partial: Path, output: Path) -> None:
+    """Give an executed notebook its final name in one step, and the paths in its metadata as the project sees them."""
+    notebook = nbformat.read(partial, as_version=4)
+    recorded = notebook.metadata.get("papermill", {})
+    recorded.update(input_path=shorten_path(recorded.get("input_path", "")), output_path=shorten_path(str(output)))
+    nbformat.write(notebook, partial)
+    partial.replace(output)
+
+
+def failure(partial: Path, log: Path, code: int) -> str:
+    """Why a notebook failed, in one line: its error, or the last thing that its process printed."""
+    if partial.is_file():
+        for cell in nbformat.read(partial, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                if output.output_type == "error":
+                    return one_line(f"{output.ename}: {output.evalue}")
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    how = f"ended by signal {-code}" if code < 0 else f"exit status {code}"
+    return one_line(f"{lines[-1].strip() if lines else 'papermill said nothing'} ({how})")
+
+
+def one_line(text: str) -> str:
+    line = " ".join(text.split()).replace(f"{PROJECT_ROOT}/", "")
+    return line if len(line) <= 400 else line[:399] + "…"
+
+
+def to_html(notebook: nbformat.NotebookNode, output: Path, title: str) -> None:
+    """A notebook's texts and outputs as one HTML file that needs nothing else; its code stays in the notebook."""
+    from nbconvert import HTMLExporter
+
+    hidden = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
+    exporter = HTMLExporter(**hidden, embed_images=True)
+    exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""
+    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+    temporary = output.with_name(f".{output.name}.partial")
+    temporary.write_text(page.replace("</head>", f"{PAGE_STYLE}\n</head>", 1), encoding="utf-8")
+    temporary.replace(output)

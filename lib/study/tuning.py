@@ -1,0 +1,125 @@
+"""Tuning: learning rate x batch size on the full set by short runs, on problems that the final numbers don't use."""
+
+import copy
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lib.evaluation import engine as engines
+from lib.evaluation.evaluate import evaluate, summarize
+from lib.files import UserError, read_lines, shorten_path, write_json
+from lib.grading import stop_workers
+from lib.logs import captured, quiet_libraries
+from lib.report.numbers import told_apart
+from lib.run.life_cycle import PROOF_PROMPTS, prepare, start_engine
+from lib.settings import INCIDENTAL, RunConfig, changed_settings
+from lib.training.policy import load_policy
+from lib.training.steps import make_optimizer, train_steps
+
+# What is tried where the notebook leaves it open.
+GRIDS = {
+    "math": {"learning_rates": [1e-5, 4e-5, 1e-4], "batch_sizes": [32, 64]},
+    "mini": {"learning_rates": [5e-4, 1e-3, 2e-3], "batch_sizes": [8, 16]},
+}
+KEPT = ("n", "correct", "accuracy", "accuracy_low", "accuracy_high", "format_rate")
+
+
+def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int], folder: Path) -> Iterator[dict]:
+    """Train once for each point of the grid, evaluate it, append a line to `tuning.jsonl`, and yield the line.
+
+    One engine and one copy of the base's weights serve all points; points that the file already has are yielded from
+    it. `config.eval_split` should be 'tuning', so that nothing is chosen on validation problems.
+    """
+    for name, values, kind in (("learning_rates", learning_rates, float), ("batch_sizes", batch_sizes, int)):
+        if not values or not all(isinstance(value, kind) and value > 0 for value in values):
+            hint = " (YAML takes 1e-5 for a text: write 1.0e-5)" if kind is float else ""
+            raise UserError(f"{name}={values!r}: must be a list of positive numbers of type {kind.__name__}{hint}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path, log_file = folder / "tuning.jsonl", folder / "run.log"
+    rows = read_lines(path)
+    _refuse_other_settings(rows, config, path)
+    done = {(row["learning_rate"], row["batch_size"]): row for row in rows}
+    grid = list(itertools.product(learning_rates, batch_sizes))
+    runs = {point: prepare(replace(config, learning_rate=point[0], batch_size=point[1])) for point in grid}
+    yield from (done[point] for point in grid if point in done)
+    left = [point for point in grid if point not in done]
+    if not left:
+        return
+    quiet_libraries(log_file)
+    with captured(log_file):
+        policy = load_policy(config.model, config.train_device, config.trust_remote_code)
+    base = copy.deepcopy(policy.state_dict())
+    engine = start_engine(runs[left[0]], log_file)
+    try:
+        for point in left:
+            policy.load_state_dict(base)
+            row = _train_and_evaluate(policy, engine, runs[point])
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            yield row
+    finally:
+        engines.shutdown(engine)
+        stop_workers()
+
+
+def _settings(config: RunConfig) -> dict:
+    """What all points of a grid share."""
+    return {k: v for k, v in config.to_dict().items() if k not in INCIDENTAL | {"learning_rate", "batch_size"}}
+
+
+def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> None:
+    """UserError where the file holds points of another grid: one choice can't be made from both."""
+    asked = _settings(config)
+    for number, row in enumerate(rows, start=1):
+        made = row.get("settings", {})
+        if changed := changed_settings(dict.fromkeys(asked) | made, asked):
+            raise UserError(
+                f"{shorten_path(str(path))}, line {number}: made with other settings "
+                f"({'; '.join(changed) if made else 'it does not say which'}); ask for the same, choose another "
+                "runs_dir, or delete the file"
+            )
+
+
+def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> dict:
+    config, started = run.config, time.perf_counter()
+    optimizer, scheduler = make_optimizer(policy, config, len(run.batches))
+    metrics = list(train_steps(policy, optimizer, scheduler, run.batches, config, run.sizes["selected"]))
+    engines.load_policy_into_vllm_instance(policy, engine)
+    engines.prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
+    chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]
+    sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
+    problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
+    summary = summarize(evaluate(engine, problems, prompts, sampling, config.seed).records)
+    last = metrics[-max(1, len(metrics) // 10) :]
+    return {
+        "learning_rate": config.learning_rate,
+        "batch_size": config.batch_size,
+        "epochs": config.epochs,
+        "train_steps": len(metrics),
+        **{key: summary[key] for key in KEPT},
+        "final_loss": sum(m["loss"] for m in last) / len(last),
+        "seconds": time.perf_counter() - started,
+        "seed": config.seed,
+        "settings": _settings(config),
+    }
+
+
+def choose(rows: list[dict], folder: Path) -> dict:
+    """The point of highest accuracy, written to `choice.json` with the reason and the points it can't be told from."""
+    best = max(rows, key=lambda row: row["accuracy"])
+    close = [r for r in rows if r is not best and not told_apart(r, best)]
+    why = (
+        f"highest accuracy, {best['accuracy']:.1%} ({best['accuracy_low']:.1%} to {best['accuracy_high']:.1%}), "
+        f"of {len(rows)} points on {best['n']} tuning problems (epochs: {best['epochs']:g})"
+    )
+    if close:
+        points = ", ".join(f"{r['learning_rate']:g} x {r['batch_size']} ({r['accuracy']:.1%})" for r in close)
+        why += f"; Fisher's exact test can't tell it from {points} at the 5 % level"
+    choice = {"learning_rate": best["learning_rate"], "batch_size": best["batch_size"], "why": why}
+    write_json(folder / "choice.json", choice)
+    return choice

@@ -1,0 +1,1 @@
+"""Training: from examples to packed batches, log-probabilities, gradients and AdamW steps."""

@@ -1,0 +1,149 @@
+"""From examples to token batches: encoding, the seeded order of a run, and packed microbatches."""
+
+import math
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from lib.data import Example
+from lib.files import UserError
+from lib.training.attention import Packing, make_packing
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The tokens of one example: prompt, response, end of sequence."""
+
+    id: str
+    token_ids: list[int]
+    prompt_length: int
+
+    @property
+    def response_length(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """The packed tokens of one forward and backward pass, without padding (see `lib.training.attention`).
+
+    `input_ids`, `position_ids`: (1, S). `response_positions`, `labels`: (R,), the places in the row after which the R
+    response tokens come, and these tokens.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    response_positions: Tensor
+    labels: Tensor
+    packing: Packing
+
+    def to(self, device: str) -> "Microbatch":
+        tensors = self.input_ids, self.position_ids, self.response_positions, self.labels
+        return Microbatch(*(t.to(device, non_blocking=True) for t in tensors), self.packing.to(device))
+
+
+def encode(examples: list[Example], tokenizer, max_length: int) -> list[Sequence]:
+    """Tokenize prompt and response separately and concatenate them.
+
+    The one place that says it: the end-of-sequence token is learned after the response, appended where the response
+    does not end in it already, so that a trained model stops by itself.
+    Raises `UserError` for examples longer than `max_length` tokens instead of cutting them: a cut response teaches
+    the model not to answer.
+    """
+    sequences, too_long = [], []
+    for example in examples:
+        prompt_ids = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        response_ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
+        if response_ids[-1:] != [tokenizer.eos_token_id]:
+            response_ids = [*response_ids, tokenizer.eos_token_id]
+        sequences.append(Sequence(example.id, prompt_ids + response_ids, len(prompt_ids)))
+        if len(sequences[-1].token_ids) > max_length:
+            too_long.append(sequences[-1])
+    if too_long:
+        longest = max(len(s.token_ids) for s in too_long)
+        raise UserError(
+            f"max_length={max_length}: {len(too_long)} of {len(examples)} examples are longer "
+            f"(first: {too_long[0].id}; the longest has {longest} tokens)"
+        )
+    return sequences
+
+
+def number_of_steps(n_examples: int, batch_size: int, epochs: float, max_steps: int | None = None) -> int:
+    """Optimizer steps of a run: all examples `epochs` times in batches, the last one possibly smaller."""
+    steps = math.ceil(round(n_examples * epochs) / batch_size)
+    return max(1, steps if max_steps is None else min(steps, max_steps))
+
+
+def make_batches(sequences: list[Sequence], batch_size: int, epochs: float, max_steps: int | None, seed: int):
+    """All optimizer batches of a run, in order: a list of lists of `Sequence`.
+
+    Each epoch is a seeded permutation of the examples; batches run across the border of two epochs, so that every
+    batch but the last is full.
+    """
+    generator = random.Random(seed)
+    order: list[Sequence] = []
+    number = max(1, round(len(sequences) * epochs))
+    while len(order) < number:
+        order += generator.sample(sequences, len(sequences))
+    order = order[:number]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return batches[: number_of_steps(len(sequences), batch_size, epochs, max_steps)]
+
+
+def make_microbatches(batch: list[Sequence], microbatch_tokens: int, share_prefix: bool = True) -> list[Microbatch]:
+    """Cut an optimizer batch into microbatches of about equal size, none with more than `microbatch_tokens` tokens.
+
+    A longer sequence has a microbatch of its own. The loss of a batch is a sum over its tokens, so neither the cut nor
+    the order changes it. The tokens that all prompts of the batch begin with are packed once, unless `share_prefix` is
+    off.
+    """
+    prefix = shared_prefix_length(batch) if share_prefix else 0
+    ordered = sorted(batch, key=lambda s: len(s.token_ids))
+    total = sum(len(s.token_ids) for s in ordered)
+    for count in range(math.ceil(total / microbatch_tokens), len(ordered) + 1):
+        parts = _cut(ordered, count, total)
+        if all(len(part) == 1 or sum(len(s.token_ids) for s in part) <= microbatch_tokens for part in parts):
+            break
+    else:
+        parts = [[sequence] for sequence in ordered]
+    return [pack(part, prefix) for part in parts]
+
+
+def _cut(sequences: list[Sequence], count: int, total: int) -> list[list[Sequence]]:
+    """At most `count` runs of neighbouring sequences with about as many tokens each, `total` of them together."""
+    parts, before = defaultdict(list), 0
+    for sequence in sequences:
+        length = len(sequence.token_ids)
+        parts[int((before + length / 2) * count / total)].append(sequence)
+        before += length
+    return list(parts.values())
+
+
+def shared_prefix_length(sequences: list[Sequence]) -> int:
+    """How many leading tokens all prompts have in common, their last token aside, after which the response comes.
+
+    0 where it would not pay: one sequence, or fewer than 16 tokens.
+    """
+    columns = zip(*(s.token_ids[: s.prompt_length - 1] for s in sequences), strict=False)  # up to the shortest
+    length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return length if len(sequences) > 1 and length >= 16 else 0
+
+
+def pack(sequences: list[Sequence], prefix: int = 0) -> Microbatch:
+    """Pack sequences, whose first `prefix` tokens are the same, into one row: these once, then the rest of each."""
+    input_ids, position_ids = list(sequences[0].token_ids[:prefix]), list(range(prefix))
+    response_positions, labels, lengths = [], [], []
+    for sequence in sequences:
+        ids = sequence.token_ids
+        offset = len(input_ids) - prefix  # place in the row minus position in the sequence
+        input_ids += ids[prefix:-1]
+        position_ids += range(prefix, len(ids) - 1)
+        response_positions += range(offset + sequence.prompt_length - 1, offset + len(ids) - 1)
+        labels += ids[sequence.prompt_length :]
+        lengths.append(len(ids) - 1 - prefix)
+    row = torch.tensor([input_ids]), torch.tensor([position_ids])
+    return Microbatch(*row, torch.tensor(response_positions), torch.tensor(labels), make_packing(prefix, lengths))

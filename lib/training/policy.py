@@ -1,0 +1,145 @@
+"""The policy: a causal language model in fp32 master weights, and its log-probabilities where they are needed."""
+
+import functools
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch._functorch import config as compiler
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from lib.files import UserError
+from lib.training import attention
+from lib.training.batching import Microbatch, Sequence, pack
+from lib.training.reference import compute_entropy, get_response_log_probs
+
+PACKING_TOLERANCE = 0.1  # nats, in fp32, where 0.00001 is usual; what is refused was off by 0.2 and more
+LOGITS_AT_ONCE = 1 << 27  # elements of the logits (tokens x vocabulary) that a backward pass holds
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the end-of-sequence token as padding where it has none of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model={model!r}: its tokenizer has no end-of-sequence token, which the policy must learn")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(model: str, device: str, trust_remote_code: bool = False) -> torch.nn.Module:
+    """Load a causal LM from a hub id or a folder (safetensors only), in fp32, on `device`.
+
+    fp32 master weights: at the learning rates of fine-tuning most updates are smaller than bf16 can resolve.
+    Forward and backward run under autocast (see `autocast`), with packed attention (see `attention.py`). On a GPU the
+    decoder's layers are compiled, all by one and the same program; a small model on a CPU would not win the time back.
+    """
+    policy = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    ).to(device)
+    policy.set_attn_implementation(attention.NAME)
+    if policy.config._attn_implementation != attention.NAME:  # transformers only warns
+        raise UserError(f"model={model!r}: its architecture takes no other attention, which packed sequences need")
+    _check_packing(policy, model)
+    if device != "cpu":
+        # Norms, the MLP's product of gate and value, and bf16 copies of weights are computed again in the backward pass
+        # instead of kept: a third of a layer's memory at the 1.5 B shape. No matrix product is, nor attention.
+        compiler.ban_recompute_materialized_backward = False
+        for layer in getattr(policy.get_decoder(), "layers", ()):
+            layer.compile(dynamic=True)  # lengths differ from microbatch to microbatch
+    return policy
+
+
+def _check_packing(policy: torch.nn.Module, model: str) -> None:
+    """UserError where packed sequences don't get the log-probabilities that the model gives them one by one.
+
+    Some architectures scale their logits, or don't hand `packing` on to their attention: these would be trained as
+    another model.
+    """
+    ids = torch.arange(64, device=policy.device).view(2, 32) % policy.config.get_text_config().vocab_size
+    with torch.no_grad(), as_written(policy):
+        packed, _ = response_log_probs(policy, pack([Sequence("", row, 1) for row in ids.tolist()]).to(policy.device))
+        alone = get_response_log_probs(policy, ids[:, :-1], ids[:, 1:])["log_probs"]  # (2, 31)
+    gap = (packed - alone.flatten()).abs().max().item()
+    if gap > PACKING_TOLERANCE:
+        raise UserError(
+            f"model={model!r}: its architecture can't be trained on packed sequences: their log-probabilities differ "
+            f"by {gap:.2g} nats from those of the model itself"
+        )
+
+
+def autocast(device: str, precision: str):
+    """bf16 arithmetic over fp32 weights ('bf16'), or plain fp32 ('fp32'), the same in meaning on CPU and GPU."""
+    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def response_log_probs(policy: torch.nn.Module, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (nats, without gradient) of the R response tokens: (R,), (R,).
+
+    Equals `reference.get_response_log_probs` where its mask is 1, gradients included, with less work: no padding, and
+    the vocabulary projection for response positions alone.
+    """
+    return _predict(policy, _last_states(policy, microbatch)[microbatch.response_positions], microbatch.labels)
+
+
+def backward(
+    policy: torch.nn.Module, microbatch: Microbatch, normalize_constant: float, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of a microbatch's loss, and return the loss and the sum of token entropies (scalars).
+
+    The loss is the negative log-likelihood of the response tokens over `normalize_constant`. Logits are the largest
+    tensors of all at a vocabulary of 150,000: they are made, differentiated and dropped part by part, and the decoder's
+    backward pass starts from the gradients of its last states.
+    """
+    device, positions = str(microbatch.labels.device), microbatch.response_positions
+    with autocast(device, precision):
+        states = _last_states(policy, microbatch)  # (S, D)
+    predicting = states.detach()[positions].requires_grad_()  # (R, D)
+    loss, entropy = torch.zeros(2, device=device).unbind()
+    rows = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)
+    for part, labels in zip(predicting.split(rows), microbatch.labels.split(rows), strict=True):
+        with autocast(device, precision):
+            log_probs, entropies = _predict(policy, part, labels)
+        part_loss = -log_probs.sum() / normalize_constant
+        part_loss.backward()
+        loss, entropy = loss + part_loss.detach(), entropy + entropies.sum()
+    states.backward(torch.zeros_like(states).index_copy_(0, positions, predicting.grad))
+    return loss, entropy
+
+
+def _last_states(policy: torch.nn.Module, microbatch: Microbatch) -> Tensor:
+    """The decoder's last states of a packed row: (S, D)."""
+    row = {"input_ids": microbatch.input_ids, "position_ids": microbatch.position_ids, "packing": microbatch.packing}
+    return policy.get_decoder()(**row, use_cache=False).last_hidden_state[0]
+
+
+def _predict(policy: torch.nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Last states (R, D) and the tokens that came -> their log-probabilities and the entropies, (R,) each."""
+    logits = policy.get_output_embeddings()(states)  # (R, V)
+    return (_compiled_statistics() if logits.is_cuda else _statistics)(logits, labels)
+
+
+def _statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (R, V) -> log-probabilities of the labels, and entropies without gradient, in fp32."""
+    logits = logits.float()
+    log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    with torch.no_grad():
+        return log_probs, compute_entropy(logits.detach())
+
+
+@functools.cache
+def _compiled_statistics():
+    """`_statistics` in one pass over the logits, without a copy of them in fp32."""
+    return torch.compile(_statistics, dynamic=True)
+
+
+def as_written(policy: torch.nn.Module):
+    """Context in which a policy runs as it is written: compiling would not pay for what is computed once in a while."""
+    return torch.compiler.set_stance("force_eager") if policy.device.type == "cuda" else nullcontext()
+
+
+def named_weights(policy: torch.nn.Module, dtype: torch.dtype | None = None):
+    """(name, tensor) of every weight once, in checkpoint names: tied weights once, no `torch.compile` prefix."""
+    for name, parameter in policy.named_parameters():  # yields tied parameters once
+        tensor = parameter.detach()
+        yield name.replace("_orig_mod.", ""), tensor if dtype is None else tensor.to(dtype)

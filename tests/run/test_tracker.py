@@ -1,0 +1,63 @@
+"""What a run wrote is read back whole."""
+
+import json
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from lib.files import UserError, read_lines
+from lib.run import tracker as tracking
+from lib.run.tracker import Tracker
+
+
+def test_a_models_text_does_not_end_a_line(tmp_path):
+    """Guards against `splitlines`, which also cuts at characters that a model may write inside a response."""
+    rows = [{"response": "one\u2028two\x85three\x0cfour"}, {"response": "five"}]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert read_lines(path) == rows
+
+
+def test_records_are_kept_compressed_and_the_same_rows_are_the_same_bytes(tmp_path):
+    rows = [{"id": str(i), "response": "the same words again " * 20} for i in range(50)]
+    path, plain = tmp_path / "records.jsonl.gz", tmp_path / "records.jsonl"
+    tracking.write_lines(path, rows)
+    tracking.write_lines(plain, rows)
+    assert read_lines(path) == read_lines(plain) == rows
+    assert path.stat().st_size < plain.stat().st_size / 5
+    first = path.read_bytes()
+    time.sleep(1.1)  # gzip would write down the time
+    tracking.write_lines(path, rows)
+    assert path.read_bytes() == first
+
+
+def test_an_unfinished_last_line_is_left_out_and_a_broken_one_is_said(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n{"a": ')
+    assert read_lines(path) == [{"a": 1}]
+    path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):
+        read_lines(path)
+    assert read_lines(tmp_path / "none.jsonl") == []
+
+
+def test_an_unreachable_wandb_does_not_hold_up_the_end(monkeypatch):
+    """wandb waits for days for a server that is gone; the run's own files need none."""
+    monkeypatch.setattr(tracking, "WANDB_PATIENCE", 0.2)
+    tracker = Tracker.__new__(Tracker)
+    tracker.wandb = SimpleNamespace(finish=lambda exit_code: threading.Event().wait())
+    started = time.monotonic()
+    tracker._finish_wandb(0)
+    assert time.monotonic() - started < 5 and "not finished after 0.2 s" in tracker.wandb_note
+
+
+def test_a_wandb_that_fails_costs_its_plots_only():
+    def fail(*arguments, **settings):
+        raise ConnectionError("gone")
+
+    tracker = Tracker.__new__(Tracker)
+    tracker.wandb = SimpleNamespace(log=fail, finish=fail)
+    tracker._log_wandb({"train/loss": 1.0})
+    assert tracker.wandb is None and tracker.wandb_note == "wandb: stopped (ConnectionError)"

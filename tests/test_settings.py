@@ -1,0 +1,151 @@
+"""Every mistake in a parameter is named before anything is loaded or written."""
+
+import json
+import shutil
+
+import pytest
+
+from lib import settings as configs
+from lib.files import UserError
+from lib.run.life_cycle import prepare
+from lib.settings import PROFILES, resolve
+
+
+def test_defaults_of_the_profile_fill_what_is_none(parameters):
+    config = resolve(parameters | {"epochs": None, "batch_size": 4})
+    assert config.epochs == PROFILES["mini"]["epochs"]
+    assert config.batch_size == 4  # a given value wins
+
+
+def test_auto_takes_mini_where_the_course_data_is_missing(parameters, tmp_path):
+    assert resolve(parameters | {"profile": "auto", "data_dir": None}).profile == "mini"
+
+
+def test_auto_takes_math_where_data_and_a_gpu_are_there(parameters, monkeypatch):
+    monkeypatch.setattr(configs, "count_gpus", lambda: 2)
+    config = resolve(parameters | {"profile": "auto"})
+    assert (config.profile, config.train_device, config.eval_device) == ("math", "cuda:0", "cuda:1")
+
+
+def test_one_gpu_is_shared(parameters, monkeypatch):
+    monkeypatch.setattr(configs, "count_gpus", lambda: 1)
+    config = resolve(parameters)
+    assert (config.train_device, config.eval_device) == ("cuda:0", "cuda:0")
+
+
+def test_a_gpu_without_a_number_is_the_first(parameters, monkeypatch):
+    monkeypatch.setattr(configs, "count_gpus", lambda: 2)
+    config = resolve(parameters | {"train_device": "cuda"})
+    assert (config.train_device, config.eval_device, config.eval_beside_training) == ("cuda:0", "cuda:1", True)
+
+
+@pytest.mark.parametrize(
+    ("n", "filtered", "seed", "name"),
+    [(256, False, 0, "n256"), ("all", False, 0, "full"), ("all", True, 0, "filtered"), (128, False, 2, "n128-seed2")],
+)
+def test_run_names(parameters, n, filtered, seed, name):
+    assert resolve(parameters | {"n": n, "filtered": filtered, "seed": seed}).run_name == name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n": 0}, "n=0"),
+        ({"n": -5}, "n=-5"),
+        ({"n": True}, "n=True"),
+        ({"n": "many"}, "n='many'"),
+        ({"n": 2.5}, "n=2.5"),
+        ({"filtered": "yes"}, "filtered="),
+        ({"profile": "maths"}, "profile='maths'"),
+        ({"learning_rate": 0}, "learning_rate=0"),
+        ({"learning_rate": "fast"}, "learning_rate='fast'"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"microbatch_tokens": 1.5}, "microbatch_tokens=1.5"),
+        ({"eval_beside_training": 1}, "eval_beside_training=1"),
+        ({"epochs": -1}, "epochs=-1"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"greedy": "sometimes"}, "greedy='sometimes'"),
+        ({"eval_split": "test"}, "eval_split='test'"),
+        ({"wandb_mode": "on"}, "wandb_mode='on'"),
+        ({"run_name": "../elsewhere"}, "run_name='../elsewhere'"),
+        ({"train_device": "cuda:7"}, "train_device='cuda:7'"),
+        ({"eval_device": "gpu"}, "eval_device='gpu'"),
+        ({"n_val": 10, "n_val_final": 5}, "n_val_final=5"),
+        ({"data_dir": "/nowhere/at/all"}, "data_dir="),
+        ({"model": "./no-such-folder"}, "model="),
+    ],
+)
+def test_wrong_values_are_named(parameters, wrong, message):
+    with pytest.raises(UserError, match="^" + __import__("re").escape(message)):
+        resolve(parameters | wrong)
+
+
+def test_unknown_parameter_is_refused_with_the_name_that_was_meant(parameters):
+    # papermill itself only warns about it and runs with the default.
+    injected = ["", "n = 256", "# Parameters\nepoch = 3\n"]
+    with pytest.raises(UserError, match="unknown parameter 'epoch'; did you mean 'epochs'"):
+        resolve(parameters | {"epoch": 3, "In": injected})
+
+
+def test_variables_of_the_user_are_no_parameters(parameters):
+    resolve(parameters | {"my_variable": 1, "In": ["", "my_variable = 1"]})
+
+
+def test_model_folder_without_weights(parameters, tiny_model, tmp_path):
+    folder = tmp_path / "empty-model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match=r"model=.*no weights"):
+        resolve(parameters | {"model": str(folder)})
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match=r"model=.*only pickled weights"):
+        resolve(parameters | {"model": str(folder)})
+
+
+def test_a_model_s_own_code_runs_where_it_is_trusted(parameters, tiny_model, tmp_path):
+    folder = tmp_path / "own-model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"})
+    )
+    (folder / "own.py").write_text(
+        "from transformers import Qwen2Config\n\n\nclass Own(Qwen2Config):\n    model_type = 'own'\n"
+    )
+    with pytest.raises(UserError, match="set trust_remote_code=True if you trust it"):
+        resolve(parameters | {"model": str(folder)})
+    assert prepare(resolve(parameters | {"model": str(folder), "trust_remote_code": True})).batches
+
+
+def test_missing_vllm_is_said(parameters, monkeypatch):
+    real = configs.importlib.util.find_spec
+    monkeypatch.setattr(configs.importlib.util, "find_spec", lambda name: None if name == "vllm" else real(name))
+    with pytest.raises(UserError, match="vLLM is not installed"):
+        resolve(parameters)
+
+
+def test_a_finished_run_is_not_overwritten_unasked(parameters, tmp_path):
+    folder = tmp_path / "runs" / "n16"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="finished run"):
+        resolve(parameters)
+    assert (folder / "summary.json").read_text() == "{}"
+    resolve(parameters | {"overwrite": True})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n": 4000}, r"n=4000: there are only 40 distinct"),
+        ({"n": 39, "filtered": True}, r"n=39: there are only \d+ correct"),
+        ({"max_length": 100}, r"max_length=100: \d+ of 16 examples are longer"),
+        ({"n_val": 25}, r"n_val=25: there are only 24"),
+        ({"max_new_tokens": 500}, r"max_new_tokens=500: .*512 positions"),
+    ],
+)
+def test_what_the_data_refuses_is_said_before_a_model_is_loaded(parameters, wrong, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        prepare(resolve(parameters | wrong))
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,329 @@
+"""The course's functions against a second route, and the training path against them: loss and gradients."""
+
+import math
+import time
+
+import pytest
+import torch
+import transformers
+from conftest import mini_rows
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from lib.data import Example, load_examples
+from lib.files import UserError
+from lib.run.life_cycle import _wait_share
+from lib.settings import resolve
+from lib.training import policy as policy_module
+from lib.training import reference as losses
+from lib.training.batching import (
+    Sequence,
+    encode,
+    make_batches,
+    make_microbatches,
+    number_of_steps,
+    pack,
+    shared_prefix_length,
+)
+from lib.training.policy import backward, load_policy, load_tokenizer, named_weights, response_log_probs
+from lib.training.steps import TrainingError, evaluation_steps, make_optimizer, train_steps
+
+PROMPTS, OUTPUTS = ["What is 2 + 3?", "Compute 12."], [" 5", " 12 = 3 \\cdot 4 </answer>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+def test_prompt_and_output_are_tokenized_apart_and_joined(tokenizer):
+    batch = losses.tokenize_prompt_and_output(PROMPTS, OUTPUTS, tokenizer)
+    expected = [tokenizer(p)["input_ids"] + tokenizer(o)["input_ids"] for p, o in zip(PROMPTS, OUTPUTS, strict=True)]
+    longest = max(map(len, expected))
+    assert {k: tuple(v.shape) for k, v in batch.items()} == dict.fromkeys(batch, (2, longest - 1))
+    for row, (ids, prompt) in enumerate(zip(expected, PROMPTS, strict=True)):
+        padded = ids + [tokenizer.pad_token_id] * (longest - len(ids))
+        assert batch["input_ids"][row].tolist() == padded[:-1]
+        assert batch["labels"][row].tolist() == padded[1:]
+        # the mask stands on the labels: the last prompt token predicts the first output token
+        first = len(tokenizer(prompt)["input_ids"]) - 1
+        assert batch["response_mask"][row].nonzero()[:, 0].tolist() == list(range(first, len(ids) - 1))
+
+
+def test_entropy_of_known_distributions():
+    assert losses.compute_entropy(torch.zeros(3, 5, 8)).allclose(torch.full((3, 5), math.log(8)))
+    logits = torch.log(torch.tensor([0.5, 0.25, 0.25]))
+    assert losses.compute_entropy(logits).item() == pytest.approx(1.5 * math.log(2))
+    assert losses.compute_entropy(torch.tensor([1e4, 0.0])).item() == 0  # a naive exp would overflow
+
+
+def test_masked_normalize_sums_the_mask_and_divides_by_the_constant():
+    tensor = torch.arange(6.0).reshape(2, 3)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    assert losses.masked_normalize(tensor, mask, 7.0).item() == pytest.approx((0 + 2 + 4 + 5) / 7)
+    assert losses.masked_normalize(tensor, mask, 7.0, dim=0).tolist() == pytest.approx([0, 4 / 7, 7 / 7])
+    assert losses.masked_normalize(tensor, mask, 7.0, dim=1).tolist() == pytest.approx([2 / 7, 9 / 7])
+
+
+def test_microbatch_step_equals_cross_entropy_in_loss_and_gradient(model, tokenizer):
+    batch = losses.tokenize_prompt_and_output(PROMPTS, OUTPUTS, tokenizer)
+    result = losses.get_response_log_probs(model, batch["input_ids"], batch["labels"], return_token_entropy=True)
+    loss, _ = losses.sft_microbatch_train_step(result["log_probs"], batch["response_mask"], 3, 5.0)
+    gradients = [p.grad.clone() for p in model.parameters()]
+
+    model.zero_grad()
+    logits = model(batch["input_ids"]).logits
+    labels = batch["labels"].masked_fill(~batch["response_mask"], -100)
+    expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (5.0 * 2 * 3)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-4, atol=1e-6)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(result["token_entropy"], entropy, rtol=1e-4, atol=1e-5)
+
+
+def padded(sequences, pad_token_id):
+    """The course's way: rows padded to the longest, and a mask."""
+    ids = [torch.tensor(s.token_ids) for s in sequences]
+    masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in sequences]
+    return losses.pad_and_shift(ids, masks, pad_token_id)
+
+
+@pytest.fixture(scope="module")
+def sequences(tokenizer):
+    """Ten traces of uneven lengths whose prompts begin with the same tokens."""
+    rows = mini_rows("sft.jsonl", 10)
+    examples = [Example(f"sft/{i}", row["prompt"], row["response"], None, "") for i, row in enumerate(rows)]
+    return encode(examples, tokenizer, 512)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_packed_sequences_equal_the_reference(tiny_model, tokenizer, sequences, share_prefix):
+    """Log-probs, entropies and gradients, every token with a weight of its own: none may see another sequence, lose
+    a gradient in the prefix that all share, or stand at another position."""
+    prefix = shared_prefix_length(sequences) if share_prefix else 0
+    assert prefix > 90 or not share_prefix
+    policy = load_policy(str(tiny_model), "cpu")
+    log_probs, entropy = response_log_probs(policy, pack(sequences, prefix))
+    weights = torch.arange(len(log_probs)) / len(log_probs)
+    (log_probs * weights).sum().backward()
+
+    reference = load_reference(tiny_model)
+    batch = padded(sequences, tokenizer.pad_token_id)
+    result = losses.get_response_log_probs(reference, batch["input_ids"], batch["labels"], return_token_entropy=True)
+    expected = result["log_probs"][batch["response_mask"]]
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entropy, result["token_entropy"][batch["response_mask"]], rtol=1e-4, atol=1e-4)
+    assert_same_gradients(policy, reference)
+
+
+def load_reference(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def assert_same_gradients(policy, reference):
+    expected = dict(reference.named_parameters())
+    for name, ours in policy.named_parameters():
+        largest = expected[name].grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, expected[name].grad, rtol=1e-3, atol=1e-4 * largest)
+
+
+def test_logits_made_part_by_part_have_the_same_gradients(tiny_model, tokenizer, sequences, monkeypatch):
+    vocabulary = len(tokenizer)
+    monkeypatch.setattr(policy_module, "LOGITS_AT_ONCE", 7 * vocabulary)  # seven tokens at a time
+    policy, reference = load_policy(str(tiny_model), "cpu"), load_reference(tiny_model)
+    for microbatch in make_microbatches(sequences, 600):
+        backward(policy, microbatch, 50.0, "fp32")
+    batch = padded(sequences, tokenizer.pad_token_id)
+    result = losses.get_response_log_probs(reference, batch["input_ids"], batch["labels"])
+    (-losses.masked_normalize(result["log_probs"], batch["response_mask"], 50.0)).backward()
+    assert_same_gradients(policy, reference)
+
+
+def test_attention_that_is_more_than_causal_is_refused(tiny_model, sequences):
+    """Left out in silence, a window or a dropout would make training one of another model."""
+    policy, microbatch = load_policy(str(tiny_model), "cpu"), pack(sequences[:2])
+    layer = policy.get_decoder().layers[0].self_attn
+    layer.sliding_window = microbatch.packing.longest_key  # wide enough to change nothing
+    response_log_probs(policy, microbatch)
+    layer.sliding_window = 16
+    with pytest.raises(UserError, match="model: its attention has sliding_window"):
+        response_log_probs(policy, microbatch)
+
+
+@pytest.mark.parametrize("architecture", ["GraniteConfig", "StableLmConfig"])
+def test_an_architecture_that_packing_would_change_is_refused(tokenizer, tmp_path, architecture):
+    """Granite scales its logits outside of the decoder; StableLM's layers don't hand `packing` on to attention."""
+    torch.manual_seed(0)
+    own = {"logits_scaling": 8.0} if architecture == "GraniteConfig" else {}
+    config = getattr(transformers, architecture)(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.5, **own,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="can't be trained on packed sequences"):
+        load_policy(str(tmp_path), "cpu")
+
+
+def test_prompts_without_a_common_beginning_share_nothing(sequences):
+    same = Sequence("a", list(range(40)), 30)
+    assert shared_prefix_length([same, same]) == 29  # the last prompt token predicts the first of the response
+    assert shared_prefix_length([same]) == 0  # one sequence has nothing to share with
+    other = Sequence("b", [*range(10), 99, *range(11, 40)], 30)
+    assert shared_prefix_length([same, other]) == 0  # too short to pay
+
+
+@pytest.fixture
+def config(parameters):
+    settings = {"precision": "fp32", "learning_rate": 1e-3, "epochs": 2, "batch_size": 6, "microbatch_tokens": 500}
+    return resolve(parameters | settings)
+
+
+def train(config, data_dir, model_folder, n=10):
+    tokenizer = load_tokenizer(str(model_folder))
+    sequences = encode(load_examples(data_dir)[0][:n], tokenizer, config.max_length)
+    batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
+    policy = load_policy(str(model_folder), "cpu")
+    optimizer, scheduler = make_optimizer(policy, config, len(batches))
+    return policy, batches, list(train_steps(policy, optimizer, scheduler, batches, config, n))
+
+
+def test_a_step_equals_the_course_functions(config, data_dir, tiny_model):
+    """Loss, gradient norm and entropy of the first step, recomputed with the course's functions over one padded batch.
+
+    Guards against a mean of microbatch means: the loss is normalized over all response tokens of the batch.
+    """
+    _, batches, metrics = train(config, data_dir, tiny_model)
+    tokenizer, model = load_tokenizer(str(tiny_model)), load_reference(tiny_model)
+    batch = padded(batches[0], tokenizer.pad_token_id)
+    result = losses.get_response_log_probs(model, batch["input_ids"], batch["labels"], return_token_entropy=True)
+    tokens = batch["response_mask"].sum()
+    loss, _ = losses.sft_microbatch_train_step(
+        result["log_probs"], batch["response_mask"], 1, normalize_constant=tokens / len(batches[0])
+    )
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
+    assert metrics[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    entropy = losses.masked_normalize(result["token_entropy"], batch["response_mask"], tokens)
+    assert metrics[0]["token_entropy"] == pytest.approx(entropy.item(), rel=1e-4)
+    assert metrics[0]["response_tokens"] == tokens
+
+
+def test_the_cut_into_microbatches_changes_nothing(config, data_dir, tiny_model, parameters):
+    whole = resolve(parameters | {**config.to_dict(), "microbatch_tokens": 10_000})
+    single = resolve(parameters | {**config.to_dict(), "microbatch_tokens": 1})
+    curves = [[m["loss"] for m in train(c, data_dir, tiny_model)[2]] for c in (config, whole, single)]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_curve_and_another_does_not(config, data_dir, tiny_model, parameters):
+    first, again = (train(config, data_dir, tiny_model)[2] for _ in range(2))
+    assert [m["loss"] for m in first] == [m["loss"] for m in again]
+    other = train(resolve(parameters | {**config.to_dict(), "seed": 1}), data_dir, tiny_model)[2]
+    assert [m["loss"] for m in first] != [m["loss"] for m in other]
+
+
+def test_training_learns_and_the_schedule_ends_near_zero(parameters, data_dir, tiny_model):
+    config = resolve(parameters | {"precision": "fp32", "learning_rate": 5e-3, "epochs": 15, "batch_size": 5})
+    _, _, metrics = train(config, data_dir, tiny_model)
+    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
+    rates = [m["learning_rate"] for m in metrics]
+    assert max(rates) == pytest.approx(5e-3, rel=0.05) and rates[0] > 0 and rates[-1] < 0.05 * max(rates)
+    assert metrics[-1]["examples_seen"] == 150 and metrics[-1]["epoch"] == 15
+
+
+def test_what_training_waits_between_two_steps_is_counted_apart(config, data_dir, tiny_model):
+    tokenizer, policy = load_tokenizer(str(tiny_model)), load_policy(str(tiny_model), "cpu")
+    sequences = encode(load_examples(data_dir)[0][:6], tokenizer, 512)
+    metrics = []
+    for step in train_steps(policy, *make_optimizer(policy, config, 3), [sequences] * 3, config, 6):
+        metrics.append(step)
+        time.sleep(0.5 if len(metrics) == 1 else 0)
+    assert metrics[0]["wait_seconds"] == 0 and 0.5 <= metrics[1]["wait_seconds"] < 0.7
+    assert metrics[2]["wait_seconds"] < 0.1
+    shares = _wait_share([{"seconds": 60.0}, {"seconds": 8.0, "wait_seconds": 2.0}, {"seconds": 10.0}])
+    assert shares == pytest.approx(0.1) and _wait_share([{"seconds": 60.0}]) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(config, data_dir, tiny_model):
+    tokenizer, policy = load_tokenizer(str(tiny_model)), load_policy(str(tiny_model), "cpu")
+    sequences = encode(load_examples(data_dir)[0][:6], tokenizer, 512)
+    with torch.no_grad():
+        policy.model.norm.weight[0] = float("nan")
+    before = [p.clone() for p in policy.parameters()]
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*sft/\d+"):
+        list(train_steps(policy, *make_optimizer(policy, config, 1), [sequences], config, 6))
+    for old, new in zip(before, policy.parameters(), strict=True):
+        torch.testing.assert_close(old, new, equal_nan=True)
+
+
+def test_batches_cover_every_example_once_an_epoch(config, data_dir, tokenizer):
+    sequences = encode(load_examples(data_dir)[0][:10], tokenizer, 512)
+    batches = make_batches(sequences, batch_size=4, epochs=3, max_steps=None, seed=0)
+    assert [len(b) for b in batches] == [4] * 7 + [2] and len(batches) == number_of_steps(10, 4, 3)
+    order = [s.id for batch in batches for s in batch]
+    assert all(len(set(order[i : i + 10])) == 10 for i in (0, 10, 20))
+    assert len(make_batches(sequences, 4, 3, 5, 0)) == 5
+    assert sum(len(b) for b in make_batches(sequences, 4, 0.5, None, 0)) == 5
+
+
+def test_microbatches_hold_the_batch_within_their_budget(sequences):
+    microbatches = make_microbatches(sequences, 600)
+    lengths = [int(m.packing.query_starts[-1]) for m in microbatches]
+    responses = sum(s.response_length for s in sequences)
+    assert len(microbatches) > 2 and sum(len(m.labels) for m in microbatches) == responses
+    prefix = microbatches[0].packing.prefix
+    assert sum(length - prefix for length in lengths) == sum(len(s.token_ids) - 1 - prefix for s in sequences)
+    packed = [len(m.packing.query_starts) - 2 for m in microbatches]  # sequences: segments without the prefix
+    assert sum(packed) == 10
+    whole = [length + (n - 1) * prefix + n for length, n in zip(lengths, packed, strict=True)]  # tokens of the examples
+    assert max(whole) <= 600 and min(whole) > 300  # of about equal size
+    assert len(make_microbatches(sequences, 1)) == 10  # a sequence longer than the budget stands alone
+    assert len(make_microbatches(sequences, 10_000)) == 1
+
+
+def test_the_end_of_sequence_is_learned_once(data_dir, tokenizer):
+    example = load_examples(data_dir)[0][0]
+    eos = tokenizer.eos_token_id
+    (plain,) = encode([example], tokenizer, 512)
+    (marked,) = encode(
+        [type(example)(**{**vars(example), "response": example.response + tokenizer.eos_token})], tokenizer, 512
+    )
+    assert plain.token_ids == marked.token_ids and plain.token_ids.count(eos) == 1 and plain.token_ids[-1] == eos
+    assert pack([plain]).labels.tolist() == plain.token_ids[plain.prompt_length :]
+
+
+def test_too_long_examples_are_an_error_not_cut(data_dir, tokenizer):
+    with pytest.raises(UserError, match=r"max_length=50: 10 of 10 examples are longer \(first: sft/1"):
+        encode(load_examples(data_dir)[0][:10], tokenizer, 50)
+
+
+@pytest.mark.parametrize("changed", [{"max_steps": 1}, {"warmup_ratio": 1.0}, {"epochs": 0.01}])
+def test_the_shortest_runs_train(parameters, data_dir, tiny_model, changed):
+    config = resolve(parameters | changed)
+    sequences = encode(load_examples(data_dir)[0], load_tokenizer(str(tiny_model)), 512)[:16]
+    batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, seed=0)
+    policy = load_policy(str(tiny_model), "cpu")
+    models = policy, *make_optimizer(policy, config, len(batches))
+    assert len(list(train_steps(*models, batches, config, 16))) == len(batches) >= 1
+
+
+def test_evaluation_steps():
+    assert evaluation_steps(10, 4) == {4, 8, 10}
+    assert evaluation_steps(10, None) == {2, 4, 6, 8, 10}
+    assert evaluation_steps(1, None) == {1}
+
+
+def test_weights_are_named_once_without_compile_prefix(model):
+    plain = dict(named_weights(model))
+    assert "lm_head.weight" not in plain  # tied: sending it twice breaks the engine's reload
+    assert sum(p.numel() for p in plain.values()) == model.num_parameters()
+    assert list(dict(named_weights(torch.compile(model)))) == list(plain)
