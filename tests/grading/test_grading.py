@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from lib import grading
 from lib.files import UserError
-from lib.grading import grade_many, r1_zero_reward_fn
+from lib.grading import grade_many, r1_zero_reward_fn, workers
 from lib.grading.algebra import are_equal, is_algebra, may_be_equal, parse
 from lib.grading.answers import LONGEST_ANSWER, canonical, compare
 
@@ -415,7 +415,7 @@ def test_the_form_reward_is_independent_of_the_answer():
 @pytest.fixture
 def misbehaving(monkeypatch):
     grading.stop_workers()
-    monkeypatch.setattr(grading, "all_equal", grading_faults.misbehave)
+    monkeypatch.setattr(workers, "all_equal", grading_faults.misbehave)
     yield
     grading.stop_workers()
 
@@ -445,7 +445,7 @@ def test_workers_killed_from_outside_cost_nothing():
 
 def test_the_smallest_memory_is_enough_for_ordinary_answers():
     response = respond("1+x")
-    assert grade_many([response], ["x+1"], workers=1, memory_bytes=grading.SMALLEST_MEMORY)[0]["reward"] == 1
+    assert grade_many([response], ["x+1"], workers=1, memory_bytes=workers.SMALLEST_MEMORY)[0]["reward"] == 1
 
 
 def test_a_main_module_with_much_address_space_grades_too(tmp_path):
@@ -474,7 +474,7 @@ def test_grading_works_in_any_thread():
 
 def test_a_question_that_is_lost_with_its_pool_is_asked_again(monkeypatch):
     """A pool that breaks while questions wait for it forgets those that no worker had yet: nobody answers them."""
-    ask, lost = grading.ask, []
+    ask, lost = workers.ask, []
 
     def lose_once(pool, question, timeout):
         if lost:
@@ -483,7 +483,7 @@ def test_a_question_that_is_lost_with_its_pool_is_asked_again(monkeypatch):
         lost.append(Future())
         return lost[0]
 
-    monkeypatch.setattr(grading, "ask", lose_once)
+    monkeypatch.setattr(workers, "ask", lose_once)
     rewards = grade_many([f"</think> <answer>1+{x}^2</answer>" for x in "xy"], ["x^2+1", "y^2+2"])
     assert lost and [reward["reward"] for reward in rewards] == [1, 0]
 
