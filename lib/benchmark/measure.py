@@ -50,7 +50,7 @@ from lib.environment import device_name
 from lib.evaluation import engine as engines
 from lib.evaluation.evaluate import encode_prompts
 from lib.grading import grade_many, stop_workers
-from lib.settings import PROFILES
+from lib.settings import PROFILES, Optimization
 from lib.training import attention, batching, policy
 from lib.training import steps as train
 from lib.training.reference import get_response_log_probs, pad_and_shift, sft_microbatch_train_step
@@ -174,17 +174,15 @@ def batches_of(settings, tokenizer, size: int = BATCH) -> list[list[batching.Seq
 
 
 def our_steps(model, batches, settings, share_prefix: bool, backward=policy.backward) -> list[dict]:
+    cut = partial(batching.make_microbatches, share_prefix=share_prefix)
     steps = train.train_steps(
         model,
         train.make_optimizer(model),
-        train.learning_rates(len(batches), PEAK_RATE),
         batches,
+        Optimization(PEAK_RATE, 0.0, 0.0, 1.0, settings.microbatch_tokens, "bf16", settings.device),
         n_examples=sum(map(len, batches)),
-        microbatch_tokens=settings.microbatch_tokens,
-        precision="bf16",
-        gradient_clip=1.0,
         backward=backward,
-        cut=partial(batching.make_microbatches, share_prefix=share_prefix),
+        cut=cut,
     )
     return [
         step | {"computed_flops": packed_flops(shape_of(model), batch, settings.microbatch_tokens, share_prefix)}
