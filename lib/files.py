@@ -11,6 +11,12 @@ class UserError(ValueError):
     """A mistake that the user can mend; the message names the parameter, or the file and line."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: its type and the first line of its text, if it has any."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def shorten_path(text: str) -> str:
     """A path in or beside the project relative to its root, one in the home folder with `~`; other text unchanged."""
     for root, prefix in ((PROJECT_ROOT, ""), (PROJECT_ROOT.parent, "../"), (Path.home(), "~/")):

@@ -53,7 +53,7 @@ from lib.grading import grade_many, stop_workers
 from lib.settings import PROFILES, Optimization
 from lib.training import attention, batching, policy
 from lib.training import steps as train
-from lib.training.reference import get_response_log_probs, pad_and_shift, sft_microbatch_train_step
+from lib.training.reference import get_response_log_probs, sft_microbatch_train_step
 
 PEAK_RATE = 1e-5  # of AdamW
 BATCH = 64  # examples an optimizer step, everywhere but on the CPU
@@ -200,9 +200,7 @@ def naive_steps(model, batches, settings, size: int) -> list[dict]:
         # The step averages over sequences and microbatches: this makes it a mean over the batch's response tokens.
         constant = sum(s.response_length for s in batch) / size / len(parts)
         for part in parts:
-            ids = [torch.tensor(s.token_ids) for s in part]
-            masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in part]
-            inputs = {name: t.to(settings.device) for name, t in pad_and_shift(ids, masks, 0).items()}
+            inputs = {name: t.to(settings.device) for name, t in batching.pad(part, 0).items()}
             with policy.autocast(settings.device, "bf16"):
                 log_probs = get_response_log_probs(model, inputs["input_ids"], inputs["labels"])["log_probs"]
             loss += sft_microbatch_train_step(log_probs, inputs["response_mask"], len(parts), constant)[0]

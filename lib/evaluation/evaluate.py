@@ -9,12 +9,10 @@ from scipy.stats import binomtest
 
 from lib.data import Problem, Template
 from lib.evaluation.engine import Engine, Generation, Sampling, generate
+from lib.evaluation.verdicts import FAILED, VERDICTS
 from lib.grading import grade_many
 from lib.training.batching import Sequence, pack
 from lib.training.policy import as_written, autocast, response_log_probs
-
-VERDICTS = ("correct", "wrong", "no_answer", "truncated")
-FAILED = "failed"  # no verdict: the engine gave this response up
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,6 @@ def evaluate(
         for problem, generation, reward in zip(problems, generations, rewards, strict=True)
     ]
     return Evaluation(records, prompts, generations, {"generate": generated - started, "grade": graded - generated})
-
-
-def parts(greedy: str, final: bool) -> list[tuple[str, str]]:
-    """(split, decoding) of the lines that an evaluation writes; `final`: at the start and at the end of a run."""
-    decodings = ["sampled", "greedy"] if greedy == "always" or (greedy == "final" and final) else ["sampled"]
-    return [(split, decoding) for decoding in decodings for split in (("full", "subset") if final else ("subset",))]
 
 
 def verdict(reward: dict, generation: Generation) -> str:

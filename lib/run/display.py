@@ -1,5 +1,6 @@
 """What the training notebook shows of a run: its banner, progress and curves while it goes on, and its tables."""
 
+import html
 import time
 
 import matplotlib.pyplot as plt
@@ -7,10 +8,12 @@ import pandas as pd
 from IPython.display import HTML, Markdown, display
 from pandas.io.formats.style import Styler
 
+from lib.data import Problem
 from lib.environment import describe_environment
+from lib.evaluation.verdicts import VERDICT_WORDS
 from lib.files import shorten_path
-from lib.report.tables import VERDICT_WORDS
-from lib.run.life_cycle import Run
+from lib.run.run import Run
+from lib.settings import PROFILES
 
 SHARE_OF_TIME = 0.01  # that drawing may take: training waits for it
 
@@ -54,6 +57,44 @@ def _profile_note(config) -> str:
     if config.profile == "mini":
         return " (the embedded small study; `math` needs an NVIDIA GPU and the course's data)"
     return ""
+
+
+def marked_trace(run: Run, batch: dict) -> HTML:
+    """The labels of the first example, as `batch` (see `batching.pad`) has it in its first row, marked by the mask."""
+    sequence, mask = run.batches[0][0], batch["response_mask"][0].tolist()
+    spans = []
+    for token, learned in zip(sequence.token_ids[1:], mask, strict=False):  # the mask goes on over the padding
+        text = run.tokenizer.decode([token]).replace("\n", "⏎") if _is_generated(run) else "▪"
+        colours = "background:#cfe3f5" if learned else "color:#888"
+        spans.append(f"<span style='{colours};border-right:1px solid #fff'>{html.escape(text)}</span>")
+    counts = f"{sequence.prompt_length} tokens of the prompt (grey), {sequence.response_length} of the response (blue)"
+    return HTML(f"<p>{sequence.id}: {counts}.</p><p style='font-family:monospace'>{''.join(spans)}</p>")
+
+
+def _is_generated(run: Run) -> bool:
+    """Whether the data are the project's own: an executed notebook is published, and may show no one else's."""
+    return run.config.data_dir == PROFILES["mini"]["data_dir"]
+
+
+def length_histogram(run: Run) -> plt.Figure:
+    """How long the examples of the training set are, in tokens."""
+    sequences = {s.id: s for batch in run.batches for s in batch}.values()
+    figure, axes = plt.subplots(figsize=(6, 2.4), layout="constrained")
+    lengths = [s.response_length for s in sequences], [len(s.token_ids) for s in sequences]
+    axes.hist(lengths, bins=30, histtype="step", color=["#0072B2", "#777777"], label=["response", "with prompt"])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("examples")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    plt.close(figure)  # otherwise the inline backend would show it a second time
+    return figure
+
+
+def graded_answer(run: Run, record: dict, problem: Problem, reward: dict) -> Styler:
+    """One response as a record has it, and what the grader says of it."""
+    gold = {"gold answer": problem.answer} if _is_generated(run) else {}
+    rows = {"problem": problem.id, "response": _shorten(record["response"]), **gold, **reward}
+    return _as_text(pd.Series(rows, name="").to_frame())
 
 
 class LiveView:
@@ -122,37 +163,48 @@ class LiveView:
 
 
 def evaluation_table(lines: list[dict]) -> pd.DataFrame:
-    """One row an evaluation: how many problems, accuracy with its 95 % interval, and where the others went."""
-    return pd.DataFrame(
+    """One row an evaluation: how many problems, accuracy with its 95 % interval, and where the others went.
+
+    'lenient' forgives the form and takes an answer wherever it can be read: a diagnostic, never part of accuracy.
+    """
+    undecided = any(line.get("undecided") for line in lines)
+    table = pd.DataFrame(
         {
             "step": line["train_step"],
             "problems": line["n"],
             "decoding": "greedy" if line["decoding"] == "greedy" else f"T = {line['temperature']:g}",
+            "samples": line.get("samples", 1),
             **_rates(line),
             **{words: line[verdict] for verdict, words in VERDICT_WORDS.items() if verdict != "correct"},
+            **({"could not be decided": line.get("undecided", 0)} if undecided else {}),
             "tokens (mean)": "–" if line.get("failed") else f"{line['mean_tokens']:.0f}",
         }
         for line in lines
     ).set_index("step")
+    return table if (table["samples"] > 1).any() else table.drop(columns="samples")
 
 
 def _rates(line: dict) -> dict:
     if line.get("failed"):
-        return {"accuracy": f"{line['failed']} failed", "95 % interval": "does not count", "right form": "–"}
+        rates = {"accuracy": f"{line['failed']} failed", "95 % interval": "does not count"}
+        return rates | {"right form": "–", "lenient": "–"}
     return {
         "accuracy": f"{line['accuracy']:.1%}",
         "95 % interval": f"{line['accuracy_low']:.1%} to {line['accuracy_high']:.1%}",
         "right form": f"{line['format_rate']:.1%}",
+        "lenient": f"{line['lenient_accuracy']:.1%}" if "lenient_accuracy" in line else "–",
     }
 
 
 def subject_level_table(line: dict) -> pd.DataFrame:
-    """Correct / all for each subject (row) and level (column) of one evaluation."""
-    cells = {tuple(key.split("|")): f"{v['correct']} / {v['n']}" for key, v in line["by_subject_and_level"].items()}
+    """Correct / all for each subject (row) and level (column) of one evaluation; empty for data without them."""
+    if not line.get("by_subject_and_level"):
+        return pd.DataFrame()
+    cells = {tuple(key.rsplit("|", 1)): f"{v['correct']} / {v['n']}" for key, v in line["by_subject_and_level"].items()}
     table = pd.Series(cells).unstack(fill_value="")
     table["all"] = [f"{v['correct']} / {v['n']}" for v in (line["by_subject"][s] for s in table.index)]
     table.loc["all"] = [f"{v['correct']} / {v['n']}" for v in (line["by_level"][c] for c in table.columns[:-1])] + [
-        f"{line['correct']} / {line['n']}"
+        f"{line['correct']} / {line['n'] * line.get('samples', 1)}"
     ]
     return table
 
@@ -162,10 +214,10 @@ def generations_table(run: Run, before: list[dict], after: list[dict]) -> Styler
 
     What a model wrote is escaped: a page would swallow its tags, and run its scripts.
     """
-    first = {r["id"]: r for r in before}
+    first = {r["id"]: r for r in before if r.get("sample", 0) == 0}
     rows = []
     for record in after:
-        if record["id"] in run.shown_ids:
+        if record["id"] in run.shown_ids and record.get("sample", 0) == 0:
             for name, shown in (("base", first.get(record["id"])), ("trained", record)):
                 if shown is not None:
                     rows.append(
@@ -178,7 +230,10 @@ def generations_table(run: Run, before: list[dict], after: list[dict]) -> Styler
                             "entropy": None if shown["token_entropy"] is None else f"{shown['token_entropy']:.2f}",
                         }
                     )
-    table = pd.DataFrame(rows).set_index(["problem", "policy"]) if rows else pd.DataFrame()
+    return _as_text(pd.DataFrame(rows).set_index(["problem", "policy"]) if rows else pd.DataFrame())
+
+
+def _as_text(table: pd.DataFrame) -> Styler:
     return table.style.format(escape="html").set_properties(**{"text-align": "left", "white-space": "pre-wrap"})
 
 
@@ -199,7 +254,7 @@ def closing(run: Run, summary: dict) -> Markdown:
         f"peak memory of training {summary['peak_train_memory_bytes'] / 2**30:.1f} GiB.\n\n"
         f"In `{folder}/`: `config.json` (settings, versions, sizes), `metrics.jsonl` (one line a step), "
         "`evaluations.jsonl` (one line an evaluation), `evaluations/` (one record a problem, gzip), `summary.json`, "
-        f"`run.log`. {run.tracker.wandb_note}."
+        f"`run.log`. {run.tracker.wandb.note}."
     )
 
 

@@ -1,12 +1,13 @@
 """What a stopped run left: which of it counts, and whether this run may go on with it."""
 
 import hashlib
+import itertools
 import json
 import time
 from pathlib import Path
 
-from lib.evaluation.evaluate import parts
 from lib.files import UserError, read_lines, shorten_path
+from lib.run.run import samplings_of
 from lib.run.tracker import Past
 from lib.settings import RunConfig, changed_settings
 from lib.training import checkpoint
@@ -39,7 +40,9 @@ def read_past(config: RunConfig, batches: list[list[Sequence]], found: Path) -> 
     evaluations = []
     for at, rows in by_step.items():
         final = at in (0, len(batches))
-        whole = {(row["split"], row["decoding"]) for row in rows} == set(parts(config.greedy, final))
+        splits = ("full", "subset") if final else ("subset",)
+        asked = set(itertools.product(splits, samplings_of(config, final)))
+        whole = {(row["split"], row["decoding"]) for row in rows} == asked
         if at <= step and whole and not (final and any(row.get("failed") for row in rows)):
             evaluations += rows
     resumed = [*written.get("resumed", []), {"train_step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}]

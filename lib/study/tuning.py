@@ -15,7 +15,8 @@ from lib.files import UserError, read_lines, shorten_path, write_json, write_lin
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.report.numbers import told_apart
-from lib.run.life_cycle import PROOF_PROMPTS, prepare, start_engine
+from lib.run.evaluations import PROOF_PROMPTS
+from lib.run.prepare import prepare, start_engine
 from lib.settings import INCIDENTAL, RunConfig, changed_settings
 from lib.training.policy import load_policy
 from lib.training.steps import make_optimizer, train_steps

@@ -22,8 +22,36 @@ from lib.files import UserError, shorten_path, write_json
 from lib.training.policy import named_weights
 
 FOLDER = "checkpoints"
-SHARE_OF_TIME = 0.05  # checkpoints at evaluations may take this part of a run's time
+SHARE_OF_TIME = 0.05  # of the training that a checkpoint saves from being repeated: more it may not cost
+SHARE_AT_THE_END = 0.1  # the same before the last evaluation, the longest time in which a run can be stopped
+LONGEST = 600  # seconds of training without a checkpoint, where that share allows one
 BYTES_PER_SECOND = 1e9  # what the first one is taken to be written at
+
+
+class Schedule:
+    """When checkpoints are due: every `interval` steps (0: never), or with None as the time that they cost allows.
+
+    Then one is due at an evaluation, and after ten minutes anyway, if it takes at most 5 % of the time that has passed
+    since the last one or the start; before the last evaluation 10 % will do. 18 GB of a 1.5 B model take 18 s: a run
+    whose training takes less than three minutes writes none, and repeats its training if it is stopped.
+    """
+
+    def __init__(self, interval: int | None, evaluation_steps: set[int], size: int):
+        self.interval = interval
+        self.evaluation_steps = evaluation_steps
+        self.cost = size / BYTES_PER_SECOND  # seconds
+        self.last = time.perf_counter()
+
+    def due(self, step: int) -> bool:
+        if self.interval is not None:
+            return self.interval > 0 and step % self.interval == 0
+        since = time.perf_counter() - self.last
+        share = SHARE_AT_THE_END if step == max(self.evaluation_steps) else SHARE_OF_TIME
+        return self.cost <= share * since and (since >= LONGEST or step in self.evaluation_steps)
+
+    def written(self, seconds: float) -> None:
+        """Note how long the last checkpoint took; infinity where there is no room for any."""
+        self.cost, self.last = seconds, time.perf_counter()
 
 
 def latest(run_dir: Path) -> Path | None:

@@ -1,0 +1,163 @@
+"""wandb's copy of a run: train/* over train_step, eval/* over eval_step.
+
+Every call is guarded, because a study must not depend on a service: a wandb that is missing or unreachable costs its
+plots only.
+"""
+
+import contextlib
+import http.client
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as TookTooLong
+from pathlib import Path
+
+from lib.files import first_line
+
+PATIENCE_AT_START = 4  # seconds for the server's first answer
+PATIENCE_AT_END = 60  # seconds for what is still to be sent
+# What WANDB_MODE and wandb's own settings file may say, in our words.
+MODES = {"run": "online", "shared": "online", "dryrun": "offline"}
+MODES |= {mode: mode for mode in ("online", "offline", "disabled")}
+FALSE = ("", "0", "false", "f", "no", "n", "off")
+
+
+class WandbCopy:
+    """A wandb run, or nothing where there is none; `note` says which, in words for the reader."""
+
+    def __init__(self, asked: str, folder: Path, run_id: str, project: str, config: dict):
+        """`asked`: the parameter wandb_mode. `config`: what wandb shows as the run's configuration."""
+        self.run = None
+        try:
+            mode, why = choose_mode(asked)
+            self.note = f"wandb: {mode}" + (f" ({why})" if why else "")
+            if mode != "disabled":
+                with _hidden("WANDB_MODE"):
+                    self._init(mode, folder, run_id, project, config)
+        except Exception as error:
+            self.run = None
+            self.note = f"wandb: not used ({first_line(error)})"
+
+    def _init(self, mode: str, folder: Path, run_id: str, project: str, config: dict) -> None:
+        import wandb
+
+        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30)
+        common = {"project": project, "name": folder.name, "id": run_id, "resume": "allow", "dir": str(folder)}
+        try:
+            self.run = wandb.init(**common, mode=mode, config=config, settings=settings)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            self.note = f"wandb: offline ({first_line(error)})"
+            self.run = wandb.init(**common, mode="offline", config=config, settings=settings)
+        for axis, metrics in (("train_step", "train/*"), ("eval_step", "eval/*")):
+            self.run.define_metric(axis)
+            self.run.define_metric(metrics, step_metric=axis)
+
+    def log(self, values: dict) -> None:
+        if self.run is None:
+            return
+        try:
+            self.run.log(values)
+        except Exception as error:
+            self.run = None
+            self.note = f"wandb: stopped ({first_line(error)})"
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run, but wait only so long: unreachable, wandb would go on trying for days."""
+        if self.run is None:
+            return
+        closed = _in_thread(lambda: self.run.finish(exit_code=exit_code))
+        try:
+            closed.result(PATIENCE_AT_END)
+        except Exception as error:
+            self.note = f"wandb: not finished ({first_line(error)})"
+            if not closed.done():
+                self.note = f"wandb: not finished after {PATIENCE_AT_END} s; `wandb sync` can send the rest"
+        self.run = None
+
+
+def choose_mode(asked: str) -> tuple[str, str]:
+    """Online, offline or disabled, and why, if not by the parameter `asked`; decided before wandb starts anything.
+
+    Falling back after a failed start would wait for wandb's time-outs. "auto" obeys WANDB_DISABLED, WANDB_MODE and
+    wandb's settings file, and is online otherwise; a mode given by the parameter wins over them. Online needs
+    credentials and a server that answers: without them the run is kept offline, so that `wandb sync` can send it.
+    """
+    mode, why = (asked, "") if asked != "auto" else _mode_of_environment()
+    if mode in ("offline", "disabled"):
+        return mode, why
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib import wbauth
+
+    with _hidden("WANDB_MODE"):
+        settings = wandb_setup.singleton().settings
+    of_files = MODES.get(settings.mode, "online")
+    if mode == "auto" and of_files != "online":
+        return of_files, "by wandb's settings file"
+    if not wbauth.authenticate_session(host=settings.base_url, source="", prompt=False, update_session=False):
+        return "offline", "not logged in"
+    if problem := unreachable(settings.base_url):
+        return "offline", f"{settings.base_url}: {problem}"
+    return "online", why
+
+
+def _mode_of_environment() -> tuple[str, str]:
+    """The mode that the environment asks for, and the variable that says so; "auto" where none does."""
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() not in FALSE:
+        return "disabled", "by WANDB_DISABLED"
+    if asked := os.environ.get("WANDB_MODE", "").strip():
+        mode = MODES.get(asked.lower())
+        return (mode, "by WANDB_MODE") if mode else ("offline", f"WANDB_MODE={asked!r} is unknown")
+    return "auto", ""
+
+
+def unreachable(server: str) -> str:
+    """Why a server can't be reached, by the proxy of the environment if there is one; empty where it answers."""
+    # Whether it is the right server is wandb's to check: nothing is sent here.
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+
+    def ask() -> str:
+        try:
+            request = urllib.request.Request(server, method="HEAD")
+            urllib.request.urlopen(request, timeout=PATIENCE_AT_START, context=context).close()
+        except urllib.error.HTTPError as answer:  # of the server, or of a proxy that can't reach it
+            return f"HTTP status {answer.code}" if answer.code >= 500 or answer.code == 407 else ""
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            return first_line(getattr(error, "reason", error))
+        return ""
+
+    try:
+        return _in_thread(ask).result(PATIENCE_AT_START)  # looking up a name has no time limit of its own
+    except TookTooLong:
+        return f"no answer within {PATIENCE_AT_START} s"
+
+
+def _in_thread(call: Callable) -> Future:
+    """Start a call that may hang in a thread which does not keep the process alive."""
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+@contextlib.contextmanager
+def _hidden(name: str):
+    """A variable of the environment out of sight: wandb raises on spellings of its mode that it does not know."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
