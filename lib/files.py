@@ -11,10 +11,9 @@ class UserError(ValueError):
     """A mistake that the user can mend; the message names the parameter, or the file and line."""
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line: its type and the first line of its text, if it has any."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def first_line(error: object) -> str:
+    """The first line of an error that has text, or the error's kind; of a text likewise."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def shorten_path(text: str) -> str:
@@ -29,6 +28,11 @@ def absolute(path: str | Path) -> Path:
     """Relative paths count from the current folder where they exist there, otherwise from the project's root."""
     path = Path(path).expanduser()
     return path.resolve() if path.is_absolute() or path.exists() else (PROJECT_ROOT / path).resolve()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, empty where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_json(path: Path, value: object) -> None:

@@ -63,7 +63,7 @@ def start(run_dir: Path, cell: str = "", **settings) -> Started:
     """Run the notebook into `run_dir`, with a cell of Python added before the training loop."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     if cell:
-        place = next(i for i, c in enumerate(notebook.cells) if "for metrics in train(run)" in c.source)
+        place = next(i for i, c in enumerate(notebook.cells) if "in training_steps(run)" in c.source)
         notebook.cells.insert(place, nbformat.v4.new_code_cell(cell))
     path = run_dir.with_suffix(".input.ipynb")
     nbformat.write(notebook, path)
@@ -384,16 +384,12 @@ def test_wandb_dies_in_the_middle(folder, report):
 
 
 NAN = """
-import torch
-from lib.run import life_cycle as running
-steps = running.train_steps
-def steps_with_nan(policy, *arguments):
-    for metrics in steps(policy, *arguments):
-        yield metrics
-        if metrics["train_step"] == 7:
-            with torch.no_grad():
-                policy.model.norm.weight[0] = float("nan")
-running.train_steps = steps_with_nan
+recorded = record
+def record(run, metrics):
+    recorded(run, metrics)
+    if metrics["train_step"] == 7:
+        with torch.no_grad():
+            run.policy.model.norm.weight[0] = float("nan")
 """
 
 
@@ -407,16 +403,13 @@ def test_loss_not_a_number(folder, report):
 
 
 OUT_OF_MEMORY = """
-import torch
-from lib.training import steps as training
-backward, count = training.backward, 0
-def too_large(*arguments):
+fitting, count = backward, 0
+def backward(*arguments):
     global count
     count += 1
     if count == 6:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-    return backward(*arguments)
-training.backward = too_large
+    return fitting(*arguments)
 """
 
 

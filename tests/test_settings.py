@@ -9,7 +9,7 @@ import pytest
 
 from lib import settings as configs
 from lib.files import PROJECT_ROOT, UserError
-from lib.run.life_cycle import prepare
+from lib.run.prepare import prepare
 from lib.settings import PROFILES, RunConfig, resolve
 
 

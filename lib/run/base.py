@@ -6,7 +6,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from lib.files import read_lines, shorten_path, write_json, write_lines
+from lib.files import read_json, read_lines, shorten_path, write_json, write_lines
 from lib.run.evaluations import evaluate_policy
 from lib.run.run import Run
 
@@ -37,7 +37,7 @@ def evaluate_base(run: Run) -> tuple[list[dict], str]:
 
 def measured_by(folder: Path) -> str:
     """The run that measured a base."""
-    return json.loads((folder / "settings.json").read_text(encoding="utf-8"))["measured_by"]
+    return read_json(folder / "settings.json")["measured_by"]
 
 
 def _keep(run: Run, folder: Path, settings: dict, lines: list[dict]) -> None:

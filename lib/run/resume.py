@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from lib.files import UserError, read_lines, shorten_path
+from lib.files import UserError, read_json, read_lines, shorten_path
 from lib.run.run import samplings_of
 from lib.run.tracker import Past
 from lib.settings import RunConfig, changed_settings
@@ -20,7 +20,7 @@ def read_past(config: RunConfig, batches: list[list[Sequence]], found: Path) -> 
     An evaluation counts only if it is complete. UserError where the stopped run had other settings or other data.
     """
     folder = shorten_path(str(config.run_dir))
-    written = json.loads((config.run_dir / "config.json").read_text(encoding="utf-8"))
+    written = read_json(config.run_dir / "config.json")
     changed = changed_settings(written["parameters"], config.to_dict())
     state = checkpoint.read_state(found)
     if state["data"] != hash_batches(batches):

@@ -1,6 +1,5 @@
 """What a run leaves behind: its folder of JSON and JSON-lines files, and the same numbers in wandb."""
 
-import contextlib
 import secrets
 import shutil
 import time
@@ -94,13 +93,12 @@ class Tracker:
         return result
 
     def fail(self, error: BaseException) -> None:
-        """Leave `failed.json` with the error; what was measured so far stays."""
-        with contextlib.suppress(OSError):  # a full disk, which may be the very error
-            write_json(
-                self.run_dir / "failed.json",
-                {"error": str(error), "type": type(error).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S")},
-            )
-        self.wandb.finish(1)
+        """Leave `failed.json` with the error; what was measured so far stays. A full disk raises OSError again."""
+        said = {"error": str(error), "type": type(error).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        try:
+            write_json(self.run_dir / "failed.json", said)
+        finally:
+            self.wandb.finish(1)
 
 
 def _clear(run_dir: Path) -> None:

@@ -12,8 +12,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as TookTooLong
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from lib.files import first_line
@@ -72,12 +71,11 @@ class WandbCopy:
         if self.run is None:
             return
         closed = _in_thread(lambda: self.run.finish(exit_code=exit_code))
-        try:
-            closed.result(PATIENCE_AT_END)
-        except Exception as error:
+        wait([closed], PATIENCE_AT_END)
+        if not closed.done():
+            self.note = f"wandb: not finished after {PATIENCE_AT_END} s; `wandb sync` can send the rest"
+        elif error := closed.exception():
             self.note = f"wandb: not finished ({first_line(error)})"
-            if not closed.done():
-                self.note = f"wandb: not finished after {PATIENCE_AT_END} s; `wandb sync` can send the rest"
         self.run = None
 
 
@@ -132,10 +130,9 @@ def unreachable(server: str) -> str:
             return first_line(getattr(error, "reason", error))
         return ""
 
-    try:
-        return _in_thread(ask).result(PATIENCE_AT_START)  # looking up a name has no time limit of its own
-    except TookTooLong:
-        return f"no answer within {PATIENCE_AT_START} s"
+    answer = _in_thread(ask)  # looking up a name has no time limit of its own
+    wait([answer], PATIENCE_AT_START)
+    return answer.result() if answer.done() else f"no answer within {PATIENCE_AT_START} s"
 
 
 def _in_thread(call: Callable) -> Future:

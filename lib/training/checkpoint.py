@@ -6,6 +6,7 @@ in `state.json` proves that the data are still the same. Training draws no rando
 kept.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib.files import UserError, shorten_path, write_json
+from lib.files import UserError, first_line, shorten_path, write_json
 from lib.training.policy import named_weights
 
 FOLDER = "checkpoints"
@@ -61,7 +62,20 @@ def latest(run_dir: Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> dict:
     """What `save` was given as `state`."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
+    with _readable(checkpoint):
+        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: Path):
+    """UserError where a checkpoint, which is whole when it gets its name, was damaged since."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(
+            f"resume: the checkpoint {shorten_path(str(checkpoint))} can't be read ({first_line(error)}); "
+            "resume=False starts again"
+        ) from error
 
 
 def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, state: dict) -> float:
@@ -100,15 +114,17 @@ def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, state: di
 
 def restore(checkpoint: Path, policy: torch.nn.Module, optimizer) -> None:
     """Put policy and optimizer back to where they were at `save`."""
-    weights = load_file(checkpoint / "policy.safetensors")
+    with _readable(checkpoint):
+        weights = load_file(checkpoint / "policy.safetensors")
+        moved = load_file(checkpoint / "optimizer.safetensors")
+        values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     own = dict(named_weights(policy))
     if {name: tuple(t.shape) for name, t in own.items()} != {name: tuple(t.shape) for name, t in weights.items()}:
         raise UserError(f"{shorten_path(str(checkpoint))}: its weights are not those of this model's architecture")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
-    values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     moments: dict[int, dict] = {}
-    for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+    for name, tensor in moved.items():
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})

@@ -221,6 +221,19 @@ def test_a_checkpoint_without_its_metrics_is_not_continued(settings):
         run_until(settings)
 
 
+@pytest.mark.parametrize("name", ["policy.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+def test_a_damaged_checkpoint_is_said_with_what_to_do(settings, name, damage):
+    run, _ = run_until(settings, steps=4)
+    path = run.config.run_dir / "checkpoints/step-000003" / name
+    path.write_bytes({"cut": path.read_bytes()[:40], "empty": b"", "gone": b""}[damage])
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(UserError, match=r"resume: the checkpoint .*step-000003 can't be read \(.+\); resume=False"):
+        run_until(settings)
+    assert not (run.config.run_dir / locks.NAME).exists()
+
+
 def test_without_checkpoints_a_stopped_run_begins_again(settings):
     run, _ = run_until(settings, steps=4, checkpoint_interval=0)
     assert not (run.config.run_dir / "checkpoints").exists()

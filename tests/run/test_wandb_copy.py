@@ -177,8 +177,10 @@ def test_a_wandb_that_cant_start_costs_its_plots_only(monkeypatch, tmp_path, err
     copy = WandbCopy("auto", tmp_path, "abc123", "a-project", {})
     copy.log({"train/loss": 1.0})
     copy.finish(1)
-    assert copy.run is None and copy.note.startswith(f"wandb: not used ({type(error).__name__}")
-    assert "second" not in copy.note
+    assert copy.run is None and copy.note in (
+        f"wandb: not used ({type(error).__name__})",
+        "wandb: not used (first)",
+    )
 
 
 def made(run) -> WandbCopy:
@@ -202,7 +204,7 @@ def test_a_wandb_that_fails_costs_its_plots_only():
 
     copy = made(SimpleNamespace(log=fail, finish=fail))
     copy.log({"train/loss": 1.0})
-    assert copy.run is None and copy.note == "wandb: stopped (ConnectionError: gone)"
+    assert copy.run is None and copy.note == "wandb: stopped (gone)"
     copy = made(SimpleNamespace(finish=fail))
     copy.finish(0)
-    assert copy.note == "wandb: not finished (ConnectionError: gone)"
+    assert copy.note == "wandb: not finished (gone)"
