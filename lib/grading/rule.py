@@ -86,17 +86,13 @@ def grade_in_detail(
     Raises UserError where the lengths differ or a value can't be used.
     """
     check(responses, ground_truths, workers, timeout, memory_bytes)
-    golds = [gold_answers(gold, f"ground_truths[{i}]") for i, gold in enumerate(ground_truths)]
-    forms = [has_form(response) for response in responses]
-    strict = [
-        judge(extract_answer(response) if form else None, gold)
-        for response, form, gold in zip(responses, forms, golds, strict=True)
+    judged = [
+        judge(response, gold_answers(gold, f"grade_many: ground_truths[{number}]"))
+        for number, (response, gold) in enumerate(zip(responses, ground_truths, strict=True))
     ]
-    lenient = [
-        verdict is True or judge(read_leniently(response), gold)
-        for response, gold, verdict in zip(responses, golds, strict, strict=True)
-    ]
-    questions = {question for verdict in strict + lenient if isinstance(verdict, list) for question in verdict}
+    questions = {
+        question for _, *verdicts in judged for verdict in verdicts if isinstance(verdict, list) for question in verdict
+    }
     equal = ask_workers(sorted(questions), workers, timeout, memory_bytes) if questions else {}
 
     def settle(verdict) -> bool | None:
@@ -106,9 +102,10 @@ def grade_in_detail(
         return True in answers or (None if None in answers else False)
 
     grades = []
-    for form, verdict, reading in zip(forms, map(settle, strict), map(settle, lenient), strict=True):
-        correct = verdict is True
-        grades.append(Grade(form, correct, undecided=verdict is None, lenient=correct or reading is True))
+    for form, verdict, lenient_verdict in judged:
+        correct = settle(verdict)
+        lenient = correct or settle(lenient_verdict)
+        grades.append(Grade(form, correct is True, undecided=correct is None, lenient=lenient is True))
     return grades
 
 
@@ -193,7 +190,15 @@ def gold_answers(ground_truth, name: str = "ground_truth") -> list[str]:
     return golds
 
 
-def judge(answer: str | None, golds: list[str]) -> bool | list[tuple]:
+def judge(response: str, golds: list[str]) -> tuple[bool, bool | list[tuple], bool | list[tuple]]:
+    """Return the form, the verdict by the course's rule and the verdict by the lenient reading."""
+    form = has_form(response)
+    answer, reading = extract_answer(response) if form else None, read_leniently(response)
+    verdict = judge_answer(answer, golds)
+    return form, verdict, verdict if verdict is True or reading == answer else judge_answer(reading, golds)
+
+
+def judge_answer(answer: str | None, golds: list[str]) -> bool | list[tuple]:
     """Judge by spelling and numbers: True, False, or the questions of which one must be answered with yes.
 
     A question is a tuple of (gold, answer) expressions that must all be equal by algebra.
