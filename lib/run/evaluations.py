@@ -2,8 +2,9 @@
 
 from functools import partial
 
-from lib.evaluation import engine as engines
 from lib.evaluation import evaluate as evaluation
+from lib.evaluation.engine import in_background
+from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.run.run import Pending, Run, RunError, samplings_of
 
 PROOF_PROMPTS = 8
@@ -26,17 +27,16 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
     config, step = run.config, position["train_step"]
     sync = send_weights(run, prove=config.verify_sync == "always" or not run.proven)
     run.proven = True
-    answers, _ = engines.in_background(partial(_answer, run, step))
-    run.pending = Pending(position, sync, answers)
+    run.pending = Pending(position, sync, in_background(partial(_answer, run, step)))
     return [] if config.eval_beside_training and not run.is_final(step) else finish_evaluation(run)
 
 
 def send_weights(run: Run, prove: bool) -> dict:
     """Send the policy's weights to the engine: the seconds that took (`sync`), and its `proof` or None."""
     with run.recorded("sync"):
-        seconds = engines.load_policy_into_vllm_instance(run.policy, run.engine)
+        seconds = load_policy_into_vllm_instance(run.policy, run.engine)
         prompts = run.prompts[:: len(run.prompts) // PROOF_PROMPTS or 1]
-        return {"sync": seconds, "proof": engines.prove_sync(run.policy, run.engine, prompts) if prove else None}
+        return {"sync": seconds, "proof": prove_sync(run.policy, run.engine, prompts) if prove else None}
 
 
 def _answer(run: Run, step: int) -> dict[str, evaluation.Evaluation]:
@@ -44,10 +44,8 @@ def _answer(run: Run, step: int) -> dict[str, evaluation.Evaluation]:
     final = run.is_final(step)
     chosen = [i for i, p in enumerate(run.problems) if final or p.id in run.subset_ids]
     problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
-    return {
-        decoding: evaluation.evaluate(run.engine, problems, prompts, sampling, run.config.seed + step)
-        for decoding, sampling in samplings_of(run.config, final).items()
-    }
+    samplings = samplings_of(run.config, final)
+    return evaluation.evaluate(run.engine, problems, prompts, samplings, run.config.seed + step)
 
 
 def finish_evaluation(run: Run) -> list[dict]:
@@ -81,7 +79,7 @@ def _note_entropies(run: Run, result: evaluation.Evaluation, step: int) -> None:
     config = run.config
     if config.eval_beside_training and not run.is_final(step):
         return
-    shown = [i for i, record in enumerate(result.records) if record["id"] in run.shown_ids]
+    shown = [i for i, record in enumerate(result.records) if record["id"] in run.shown_ids and record["sample"] == 0]
     evaluation.log_generations(run.policy, result, shown, config.train_device, config.precision)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from lib.environment import describe_environment
-from lib.evaluation import engine as engines
+from lib.evaluation.engine import shutdown, wait_until_ready
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.run import lock as locks
@@ -43,13 +43,14 @@ def start(run: Run) -> str:
         run.tracker = Tracker(config, describe_environment(config.train_device, config.eval_device), run.sizes, past)
         run.seconds.update(past.seconds if past else {})
     except BaseException:
+        run.close_replicas()
         locks.release(config.run_dir)
         raise
     with run.recorded("setup"):
         if config.eval_device != config.train_device:
-            run.starting = start_engine(run, run.log_file, engines.init_vllm_in_background)
+            run.engine = start_engine(run, run.log_file)  # goes on while the policy is loaded
         with captured(run.log_file):
-            run.policy = load_policy(config.model, config.train_device, config.trust_remote_code)
+            run.policy = load_policy(config.model, config.train_device, config.trust_remote_code, config.revision)
         run.optimizer = make_optimizer(run.policy, config.weight_decay)
         checkpoint.remove_partial(config.run_dir)
         if found is not None:
@@ -57,7 +58,8 @@ def start(run: Run) -> str:
         elif config.checkpoint_interval:
             checkpoint.check_space(config.run_dir, run.policy)
     with run.recorded("engine_start"):
-        run.engine = run.starting.result() if run.starting else start_engine(run, run.log_file)
+        run.engine = run.engine or start_engine(run, run.log_file)
+        wait_until_ready(run.engine)
     if found is None:
         return "A new run."
     return f"Resumed after step {len(past.metrics)} of {len(run.batches)}, where a stopped run had its last checkpoint."
@@ -113,7 +115,7 @@ def finish(run: Run) -> dict:
     """
     metrics, final = run.tracker.metrics, final_evaluation(run)
     with run.recorded("shutdown"):
-        engines.shutdown(run.engine)
+        shutdown(run.engine)
         stop_workers()
         if run.config.keep_model:
             run.policy.save_pretrained(run.config.run_dir / "model")

@@ -5,8 +5,11 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from lib.data import load_evaluation_problems, load_examples, select_examples, stratified_subset
-from lib.evaluation import engine as engines
-from lib.evaluation import evaluate as evaluation
+from lib.evaluation.engine import Engine, begin_vllm
+from lib.evaluation.evaluate import encode_prompts
+from lib.evaluation.form import check_form
+from lib.evaluation.memory import model_shape, policy_bytes
+from lib.evaluation.replica import Replica, start_replicas
 from lib.files import UserError
 from lib.run.run import Run
 from lib.settings import RunConfig
@@ -16,8 +19,21 @@ from lib.training.policy import load_tokenizer
 SUBSET_SEED = 0  # the validation subset is the same for every run, whatever its seed: runs are compared on it
 
 
-def prepare(config: RunConfig) -> Run:
-    """Read and check all data, choose the examples, and cut the batches; no model is loaded, nothing is written."""
+def prepare(config: RunConfig, start_workers: bool = False) -> Run:
+    """Read and check all data, choose the examples, and cut the batches; no model is loaded, nothing is written.
+
+    `start_workers`: start the engine's processes on a GPU, so that they import vLLM meanwhile.
+    """
+    replicas = start_replicas(config.eval_device, config.train_device, config.engines) if start_workers else []
+    try:
+        return _prepare(config, replicas)
+    except BaseException:
+        for replica in replicas:
+            replica.close()
+        raise
+
+
+def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
     data_dir = Path(config.data_dir)
     examples, template = load_examples(data_dir, config.prompt_template)
     problems = load_evaluation_problems(data_dir, config.eval_split, examples)
@@ -26,11 +42,13 @@ def prepare(config: RunConfig) -> Run:
     problems = stratified_subset(problems, config.n_val_final, SUBSET_SEED)
     subset = stratified_subset(problems, config.n_val, SUBSET_SEED)
     training = select_examples(examples, config.n, config.filtered, config.seed)
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code, config.revision)
+    check_form(tokenizer, config.model)
     sequences = encode(training.examples, tokenizer, config.max_length)
     batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
     run = Run(
         config=config,
+        replicas=replicas,
         tokenizer=tokenizer,
         template=template,
         sizes={
@@ -44,7 +62,7 @@ def prepare(config: RunConfig) -> Run:
         },
         batches=batches,
         problems=problems,
-        prompts=evaluation.encode_prompts(problems, template, tokenizer),
+        prompts=encode_prompts(problems, template, tokenizer),
         subset_ids={p.id for p in subset},
         shown_ids={p.id for p in stratified_subset(subset, config.log_generations, SUBSET_SEED)}
         if config.log_generations
@@ -55,7 +73,10 @@ def prepare(config: RunConfig) -> Run:
 
 
 def _check_context_length(run: Run) -> None:
-    model = AutoConfig.from_pretrained(run.config.model, trust_remote_code=run.config.trust_remote_code)
+    config = run.config
+    model = AutoConfig.from_pretrained(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
     limit = getattr(model, "max_position_embeddings", None)
     if limit is None:
         return
@@ -77,10 +98,14 @@ def longest_evaluation(run: Run) -> int:
     return max(map(len, run.prompts)) + run.config.max_new_tokens
 
 
-def start_engine(run: Run, log_file: Path, init=engines.init_vllm):
-    """What `init` makes of the run's model and devices, with room for its longest prompt and response: an engine."""
-    config = run.config
-    return init(
+def start_engine(run: Run, log_file: Path) -> Engine:
+    """Begin to start an engine for the run's model, with room for its longest prompt and response."""
+    config, reserved = run.config, 0
+    replicas, run.replicas = run.replicas, []  # they are the engine's from now on
+    if config.eval_device == config.train_device != "cpu":
+        shape = model_shape(config.model, config.trust_remote_code, config.revision)
+        reserved = policy_bytes(shape, config.microbatch_tokens)
+    return begin_vllm(
         config.model,
         config.eval_device,
         config.train_device,
@@ -89,6 +114,10 @@ def start_engine(run: Run, log_file: Path, init=engines.init_vllm):
         seed=config.seed,
         max_model_len=longest_evaluation(run),
         gpu_memory_utilization=config.gpu_memory_utilization,
+        reserved_bytes=reserved,
+        engines=config.engines,
+        replicas=replicas,
         timeout=config.engine_timeout,
         trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
     )

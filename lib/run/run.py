@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from lib.data import Problem, Template
-from lib.evaluation.engine import Engine, Sampling, shutdown
+from lib.evaluation.engine import Engine, shutdown
+from lib.evaluation.replica import Replica, Sampling
 from lib.files import shorten_path
 from lib.grading import stop_workers
 from lib.run import lock as locks
@@ -53,7 +54,7 @@ class Run:
     tracker: Tracker | None = None
     policy: torch.nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
-    starting: Future | None = None  # of an engine that starts while the policy is loaded
+    replicas: list[Replica] = field(default_factory=list)  # processes that wait to become the engine
     engine: Engine | None = None
     seconds: dict = field(default_factory=dict)
     proven: bool = False  # whether an evaluation has recorded its proof of sync
@@ -73,6 +74,11 @@ class Run:
         """Whether all problems are evaluated after this step: before training and at its end."""
         return step in (0, len(self.batches))
 
+    def close_replicas(self) -> None:
+        """End the processes that were started for an engine, if it was not."""
+        while self.replicas:
+            self.replicas.pop().close()
+
     @contextlib.contextmanager
     def recorded(self, part: str):
         """Count the seconds of a part of the run; an error in it ends what the run started and leaves `failed.json`."""
@@ -90,8 +96,9 @@ class Run:
 
 
 def samplings_of(config: RunConfig, final: bool) -> dict[str, Sampling]:
-    """How an evaluation decodes, by name; `final`: before training and at its end."""
-    samplings = {"sampled": Sampling(config.temperature, config.top_p, config.max_new_tokens)}
+    """How an evaluation decodes, by name; `final`: before training and at its end, with several samples a problem."""
+    samples = config.samples_per_problem if final else 1
+    samplings = {"sampled": Sampling(config.temperature, config.top_p, config.max_new_tokens, samples)}
     if config.greedy == "always" or (config.greedy == "final" and final):
         samplings["greedy"] = Sampling(0.0, 1.0, config.max_new_tokens)
     return samplings
@@ -114,7 +121,8 @@ def end(run: Run, error: BaseException) -> None:
     """Shut down what the run started, note the error in its folder, and give the folder back, each whatever the others
     do: what goes wrong here is logged, because the user needs the error that came before."""
     steps = [
-        lambda: _shut_engine_down(run),
+        run.close_replicas,
+        lambda: run.engine and shutdown(run.engine),
         stop_workers,
         lambda: run.tracker and run.tracker.fail(error),
         lambda: locks.release(run.config.run_dir),
@@ -124,10 +132,3 @@ def end(run: Run, error: BaseException) -> None:
             step()
         except BaseException:  # an interrupt too: the steps after it are short
             logging.getLogger(__name__).exception("while the run was ended")
-
-
-def _shut_engine_down(run: Run) -> None:
-    if run.engine is None and run.starting is not None:
-        run.engine = run.starting.result()
-    if run.engine is not None:
-        shutdown(run.engine)

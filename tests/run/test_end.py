@@ -42,7 +42,7 @@ def test_an_engine_that_does_not_start_for_any_reason_ends_the_run(run, monkeypa
 @pytest.mark.parametrize("second", [RuntimeError("in the clean-up"), KeyboardInterrupt()])
 def test_every_step_of_the_clean_up_is_taken_whatever_the_others_do(run, monkeypatch, broken, second):
     monkeypatch.setattr(life_cycle, "start_engine", lambda *_: SimpleNamespace())
-    monkeypatch.setattr(life_cycle, "wait_until_ready", lambda engine: None, raising=False)
+    monkeypatch.setattr(life_cycle, "wait_until_ready", lambda engine: None)
     monkeypatch.setattr(running, "shutdown", lambda engine: None)
     life_cycle.start(run)
     taken = []
@@ -73,7 +73,7 @@ def test_every_step_of_the_clean_up_is_taken_whatever_the_others_do(run, monkeyp
 )
 def test_the_errors_of_a_full_machine_are_explained(run, monkeypatch, error, said):
     monkeypatch.setattr(life_cycle, "start_engine", lambda *_: None)
-    monkeypatch.setattr(life_cycle, "wait_until_ready", lambda engine: None, raising=False)
+    monkeypatch.setattr(life_cycle, "wait_until_ready", lambda engine: None)
     life_cycle.start(run)
     with pytest.raises(RunError, match=said), run.recorded("loop"):
         raise error

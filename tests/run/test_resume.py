@@ -38,6 +38,7 @@ KEPT = ("train_step", "loss", "grad_norm", "learning_rate", "token_entropy", "ex
 def settings(parameters, monkeypatch):
     """Parameters of a run of 8 steps whose engine is not started."""
     monkeypatch.setattr(runs, "start_engine", lambda run, log_file: None)
+    monkeypatch.setattr(runs, "wait_until_ready", lambda engine: None)
     monkeypatch.setattr(runs, "evaluate_policy", lambda run, position: None)  # after a resume
     return parameters | {"batch_size": 4, "epochs": 2, "checkpoint_interval": 3, "learning_rate": 1e-3}
 
