@@ -29,11 +29,11 @@ def evaluate_base(run: Run) -> tuple[list[dict], str]:
         elsewhere = {"reused_from": folder.name}
         parts = [(line | elsewhere | {"records": f"../{folder.name}/{line['records']}"}, None) for line in stored]
         lines = run.tracker.log_evaluation(parts)
-        return lines, f"Reused from {shorten_path(str(folder))}, measured by run {measured_by(folder)}."
+        return lines, f"Reused from {shorten_path(folder)}, measured by run {measured_by(folder)}."
     with run.recorded("base_evaluation"):
         lines = evaluate_policy(run, POSITION)
         _keep(run, folder, settings, lines)
-    return lines, f"Measured now, and kept in {shorten_path(str(folder))} for later runs."
+    return lines, f"Measured now, and kept in {shorten_path(folder)} for later runs."
 
 
 def measured_by(folder: Path) -> str:
@@ -94,11 +94,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _fingerprint(model: str) -> list | None:
-    """Sizes and first MiB of a model folder's weight files; None for a hub id, which names its weights."""
+def _fingerprint(model: str) -> dict | None:
+    """Hashes of a model folder's weight files; None for a hub id."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    marks = []
-    for path in files:
-        with open(path, "rb") as file:
-            marks.append([path.name, path.stat().st_size, hashlib.sha256(file.read(1 << 20)).hexdigest()])
-    return marks or None
+    return {path.name: _hash_file(path) for path in files} or None
+
+
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

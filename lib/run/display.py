@@ -31,6 +31,9 @@ def banner(run: Run) -> Markdown:
     chosen = f"{sizes['selected']} examples about {sizes['selected_problems']} problems"
     if known:
         chosen += f" ({sizes['selected_correct']} of them correct)"
+    found = sizes["contamination"]
+    doubles = f"; {found['exact']} exact and {found['near']} near duplicates of traces " if found["ids"] else ""
+    doubles += ("left out" if found["excluded"] else "among all problems") if doubles else ""
     rows = {
         "profile": f"`{config.profile}`" + _profile_note(config),
         "model": f"`{shorten_path(config.model)}`",
@@ -39,7 +42,7 @@ def banner(run: Run) -> Markdown:
         "prompt template": f"`{sizes['template']}`, found in the data and used for training and evaluation",
         "evaluation": f"{sizes['validation_subset']} problems of `{config.eval_split}` while training, "
         f"{sizes['validation']} at the end; T = {config.temperature}, top-p {config.top_p}, "
-        f"at most {config.max_new_tokens} new tokens",
+        f"at most {config.max_new_tokens} new tokens{doubles}",
         "training": f"{sizes['train_steps']} optimizer steps of {config.batch_size} examples, "
         f"{config.epochs:g} epochs, learning rate {config.learning_rate:g}, {config.precision} over fp32 weights",
         "devices": f"training on {config.train_device} ({environment['train_device_name']}), "
@@ -47,7 +50,7 @@ def banner(run: Run) -> Markdown:
         "versions": ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
         + f", Python {environment['python']}",
         "commit": commit,
-        "run folder": f"`{shorten_path(str(config.run_dir))}`",
+        "run folder": f"`{shorten_path(config.run_dir)}`",
     }
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     return Markdown("\n".join([f"| run | **{config.run_name}** |", "|---|---|", *lines]))
@@ -246,7 +249,7 @@ def closing(run: Run, summary: dict) -> Markdown:
         for part in ("total", "setup", "engine_start", "train", "sync", "evaluate", "base_evaluation")
         if part in seconds
     ]
-    folder = shorten_path(str(run.config.run_dir))
+    folder = shorten_path(run.config.run_dir)
     return Markdown(
         "\n".join(["| part | seconds |", "|---|---|", *parts])
         + f"\n\nTraining ran at {summary['train_tokens_per_second']:,.0f} tokens/s (prompt and response, no padding) "

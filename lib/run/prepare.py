@@ -4,7 +4,13 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from lib.data import load_evaluation_problems, load_examples, select_examples, stratified_subset
+from lib.data import (
+    find_contamination,
+    load_evaluation_problems,
+    load_examples,
+    select_examples,
+    stratified_subset,
+)
 from lib.evaluation.engine import Engine, begin_vllm
 from lib.evaluation.evaluate import encode_prompts
 from lib.evaluation.form import check_form
@@ -37,6 +43,10 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
     data_dir = Path(config.data_dir)
     examples, template = load_examples(data_dir, config.prompt_template)
     problems = load_evaluation_problems(data_dir, config.eval_split, examples)
+    # Among all traces, not only the chosen ones: runs of every n are compared on the same problems.
+    contamination = find_contamination(examples, problems)
+    if config.exclude_contaminated:
+        problems = contamination.leave_out(problems)
     if config.n_val > len(problems):
         raise UserError(f"n_val={config.n_val}: there are only {len(problems)} problems in this split")
     problems = stratified_subset(problems, config.n_val_final, SUBSET_SEED)
@@ -54,6 +64,7 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
         sizes={
             **training.sizes,
             "template": template.name,
+            "contamination": contamination.to_dict(config.exclude_contaminated),
             "validation": len(problems),
             "validation_subset": len(subset),
             "train_steps": len(batches),

@@ -19,7 +19,7 @@ def read_past(config: RunConfig, batches: list[list[Sequence]], found: Path) -> 
 
     An evaluation counts only if it is complete. UserError where the stopped run had other settings or other data.
     """
-    folder = shorten_path(str(config.run_dir))
+    folder = shorten_path(config.run_dir)
     written = read_json(config.run_dir / "config.json")
     changed = changed_settings(written["parameters"], config.to_dict())
     state = checkpoint.read_state(found)

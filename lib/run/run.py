@@ -106,10 +106,10 @@ def samplings_of(config: RunConfig, final: bool) -> dict[str, Sampling]:
 
 def explain(error: BaseException, config: RunConfig) -> RunError | None:
     """A sentence for the errors of a machine at its limits, which say nothing about this run by themselves."""
-    folder = shorten_path(str(config.run_dir))
+    folder = shorten_path(config.run_dir)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return RunError(
-            f"the disk is full ({error.strerror}: {shorten_path(str(error.filename or folder))}). What was measured is "
+            f"the disk is full ({error.strerror}: {shorten_path(error.filename or folder)}). What was measured is "
             f"in {folder}; free some space and run the same again: it goes on from its last checkpoint."
         )
     if isinstance(error, torch.OutOfMemoryError):

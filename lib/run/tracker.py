@@ -110,7 +110,7 @@ def _clear(run_dir: Path) -> None:
     foreign = sorted(p.name for p in run_dir.iterdir() if p.name.removesuffix(".tmp") not in ours)
     if foreign:
         raise UserError(
-            f"run_name={run_dir.name!r}: {shorten_path(str(run_dir))} holds files that no run wrote "
+            f"run_name={run_dir.name!r}: {shorten_path(run_dir)} holds files that no run wrote "
             f"({', '.join(foreign[:3])}); choose another run_name"
         )
     for path in run_dir.iterdir():

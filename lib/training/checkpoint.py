@@ -73,7 +73,7 @@ def _readable(checkpoint: Path):
         yield
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(
-            f"resume: the checkpoint {shorten_path(str(checkpoint))} can't be read ({first_line(error)}); "
+            f"resume: the checkpoint {shorten_path(checkpoint)} can't be read ({first_line(error)}); "
             "resume=False starts again"
         ) from error
 
@@ -120,7 +120,7 @@ def restore(checkpoint: Path, policy: torch.nn.Module, optimizer) -> None:
         values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     own = dict(named_weights(policy))
     if {name: tuple(t.shape) for name, t in own.items()} != {name: tuple(t.shape) for name, t in weights.items()}:
-        raise UserError(f"{shorten_path(str(checkpoint))}: its weights are not those of this model's architecture")
+        raise UserError(f"{shorten_path(checkpoint)}: its weights are not those of this model's architecture")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
     moments: dict[int, dict] = {}
@@ -152,7 +152,7 @@ def check_space(run_dir: Path, policy: torch.nn.Module) -> None:
     if free < needed:
         raise UserError(
             f"checkpoint_interval: two checkpoints take {needed / 1e9:.1f} GB, and the disk of "
-            f"{shorten_path(str(run_dir))} has {free / 1e9:.1f} GB free; free some, choose another runs_dir, or set "
+            f"{shorten_path(run_dir)} has {free / 1e9:.1f} GB free; free some, choose another runs_dir, or set "
             "checkpoint_interval=0 for no checkpoints (None makes them as long as there is room)"
         )
 

@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from lib import grading
 from lib.run import base
+from lib.run.prepare import prepare
+from lib.settings import resolve
 
 
 class Measuring:
@@ -61,3 +65,43 @@ def test_half_of_a_base_is_replaced(tmp_path, monkeypatch):
     (folder / "settings.json").unlink()
     base.evaluate_base(Measuring(tmp_path, "n256"))
     assert base.measured_by(folder) == "n256"
+
+
+def key(parameters, **changed) -> dict:
+    return base._settings(prepare(resolve(parameters | changed)))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"samples_per_problem": 2}, {"temperature": 0.7}, {"top_p": 0.9}, {"max_new_tokens": 9}, {"greedy": "never"}),
+        *({"n_val": 7}, {"n_val_final": 20}, {"precision": "fp32"}, {"revision": "v2"}),
+    ],
+)
+def test_another_question_has_another_base(parameters, changed):
+    assert key(parameters) != key(parameters, **changed)
+
+
+def test_the_same_question_has_the_same_base(parameters):
+    other = {"seed": 5, "learning_rate": 1e-4, "n": 8, "run_name": "other", "microbatch_tokens": 99, "overwrite": True}
+    assert key(parameters) == key(parameters, **other)
+
+
+def test_another_grader_or_engine_has_another_base(parameters, monkeypatch):
+    before = key(parameters)
+    monkeypatch.setattr(grading, "version", lambda: "another")
+    assert key(parameters) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(base, "version", lambda package: "0.99")
+    assert key(parameters) != before
+
+
+def test_a_model_saved_over_the_same_folder_has_another_base(parameters, tiny_model, tmp_path):
+    """Guards against a mark of names, sizes and beginnings only: a trained model has the same."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    before = key(parameters, model=str(folder))
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 1  # one bit of the last tensor
+    (folder / "model.safetensors").write_bytes(content)
+    assert key(parameters, model=str(folder)) != before
