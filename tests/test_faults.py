@@ -279,23 +279,25 @@ def test_papermill_stopped(folder, report, number):
 
 SLOW_GENERATION = """
 import time
-generate = run.engine.llm.generate
-def slow(*arguments, **settings):
+server = run.engine.replicas[0].server
+generate = server.generate
+def slow(*arguments):
     time.sleep(30)
-    return generate(*arguments, **settings)
-run.engine.llm.generate = slow
+    return generate(*arguments)
+server.generate = slow
 """
 
 DEAD_ENGINE = """
 from vllm.v1.engine.exceptions import EngineDeadError
-step, count = run.engine.llm.llm_engine.step, 0
+vllm = run.engine.replicas[0].server.llm.llm_engine
+step, count = vllm.step, 0
 def step_until_dead():
     global count
     count += 1
     if count == 150:
         raise EngineDeadError()
     return step()
-run.engine.llm.llm_engine.step = step_until_dead
+vllm.step = step_until_dead
 """
 
 
@@ -304,20 +306,21 @@ def test_engine_dies_during_generation(folder, report):
     run_dir = folder / "dead-engine"
     run = start(run_dir, DEAD_ENGINE)
     assert run.wait() != 0
-    assert "EngineError: the engine died" in run.said() and left_behind(run_dir) == []
+    assert "EngineError: EngineDeadError" in run.said() and left_behind(run_dir) == []
     report("engine dies in generation", run.said(), "nothing", go_on(run_dir, folder))
 
 
 HUNG_ENGINE = """
 import threading
-step, count = run.engine.llm.llm_engine.step, 0
+vllm = run.engine.replicas[0].server.llm.llm_engine
+step, count = vllm.step, 0
 def step_until_hung():
     global count
     count += 1
     if count == 150:
         threading.Event().wait()  # for ever
     return step()
-run.engine.llm.llm_engine.step = step_until_hung
+vllm.step = step_until_hung
 """
 
 
@@ -333,12 +336,12 @@ KILL_GRADERS = """
 import threading, time
 import psutil
 from lib.evaluation import evaluate
-from lib.grading import grade_many as grade
+from lib.grading import grade_in_detail as grade
 
 def hunt(stop):
     while not stop.is_set():
         for child in psutil.Process().children(recursive=True):
-            if "multiprocessing" in " ".join(child.cmdline()) and "resource_tracker" not in " ".join(child.cmdline()):
+            if "prover.py" in " ".join(child.cmdline()):
                 child.kill()
                 stop.set()
         time.sleep(0.001)
@@ -349,10 +352,10 @@ def grade_while_hunted(responses, golds):
     thread.start()
     probe = grade(["so. </think> <answer>1+x^2</answer>"] * 3, ["x^2+1", "x^2+2", "1+x^2"])
     stop.set(); thread.join()
-    assert [p["reward"] for p in probe] == [1, 0, 1], probe
+    assert [(p.correct, p.undecided) for p in probe] == [(True, False), (False, False), (True, False)], probe
     print("workers killed, verdicts right")
     return grade(responses, golds)
-evaluate.grade_many = grade_while_hunted
+evaluate.grade_in_detail = grade_while_hunted
 """
 
 
@@ -438,15 +441,15 @@ def test_second_process_on_a_run(folder, report):
 
 
 FAILED_PART = """
-from lib.evaluation import engine as engines
-generate = run.engine.llm.generate
-def generate_with_failures(*arguments, **settings):
-    outputs = generate(*arguments, **settings)
-    if len(run.tracker.metrics) == {step} and arguments[1].logprobs is None:
-        for output in outputs[:3]:
-            output.outputs[0].finish_reason = "abort"
-    return outputs
-run.engine.llm.generate = generate_with_failures
+from dataclasses import replace
+server = run.engine.replicas[0].server
+generate = server.generate
+def generate_with_failures(requests, seed, log_probs):
+    answers = generate(requests, seed, log_probs)
+    if len(run.tracker.metrics) == {step} and not log_probs:
+        answers[:3] = [[replace(response, finish_reason="failed")] for (response,) in answers[:3]]
+    return answers
+server.generate = generate_with_failures
 """
 
 
