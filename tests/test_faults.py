@@ -388,11 +388,12 @@ def test_wandb_dies_in_the_middle(folder, report):
 
 NAN = """
 recorded = record
-def record(run, metrics):
-    recorded(run, metrics)
-    if metrics["train_step"] == 7:
+def record(run, step):
+    metrics = recorded(run, step)
+    if step.number == 7:
         with torch.no_grad():
             run.policy.model.norm.weight[0] = float("nan")
+    return metrics
 """
 
 

@@ -9,22 +9,18 @@ from IPython.display import HTML, Markdown, display
 from pandas.io.formats.style import Styler
 
 from lib.data import Problem
-from lib.environment import describe_environment
 from lib.evaluation.verdicts import VERDICT_WORDS
 from lib.files import shorten_path
 from lib.run.run import Run
 from lib.settings import PROFILES
 
+MINI = "the embedded small study; `math` needs an NVIDIA GPU and the course's data"
 SHARE_OF_TIME = 0.01  # that drawing may take: training waits for it
 
 
 def banner(run: Run) -> Markdown:
     """What was resolved, before anything is loaded: model, data, devices, sizes, versions, commit."""
-    config, sizes, environment = (
-        run.config,
-        run.sizes,
-        describe_environment(run.config.train_device, run.config.eval_device),
-    )
+    config, sizes, environment = run.config, run.sizes, run.environment
     commit = (environment["git_commit"] or "unknown")[:10] + (" with local changes" if environment["git_dirty"] else "")
     known = sizes["correct"] is not None
     form = f", {sizes['correct_form']} in the right form, {sizes['correct']} correct" if known else ""
@@ -35,7 +31,7 @@ def banner(run: Run) -> Markdown:
     doubles = f"; {found['exact']} exact and {found['near']} near duplicates of traces " if found["ids"] else ""
     doubles += ("left out" if found["excluded"] else "among all problems") if doubles else ""
     rows = {
-        "profile": f"`{config.profile}`" + _profile_note(config),
+        "profile": f"`{config.profile}`" + (f" ({MINI})" if config.profile == "mini" else ""),
         "model": f"`{shorten_path(config.model)}`",
         "data": f"`{shorten_path(config.data_dir)}`: {sizes['rows']} rows, {sizes['distinct']} distinct{form}",
         "training set": chosen,
@@ -54,12 +50,6 @@ def banner(run: Run) -> Markdown:
     }
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     return Markdown("\n".join([f"| run | **{config.run_name}** |", "|---|---|", *lines]))
-
-
-def _profile_note(config) -> str:
-    if config.profile == "mini":
-        return " (the embedded small study; `math` needs an NVIDIA GPU and the course's data)"
-    return ""
 
 
 def marked_trace(run: Run, batch: dict) -> HTML:
@@ -126,11 +116,11 @@ class LiveView:
         """Draw what the run has logged; the curve follows the subset at the course's temperature."""
         started = time.perf_counter()
         metrics = self.tracker.metrics
-        evaluations = [
+        followed = pd.DataFrame(
             line
             for line in self.tracker.evaluations
             if (line["split"], line["decoding"]) == ("subset", "sampled") and not line.get("failed")
-        ]
+        )
         self.progress.update(HTML(self._progress_line()))
         loss_axis, accuracy_axis = self.axes
         for axis in self.axes:
@@ -140,14 +130,12 @@ class LiveView:
             axis.set_xlim(-0.02 * self.total, 1.02 * self.total)
         loss_axis.plot([m["train_step"] for m in metrics], [m["loss"] for m in metrics], color="#0072B2")
         loss_axis.set_ylabel("loss (nats a response token)")
-        steps = [e["train_step"] for e in evaluations]
-        accuracy = [100 * e["accuracy"] for e in evaluations]
-        low = [100 * (e["accuracy"] - e["accuracy_low"]) for e in evaluations]
-        high = [100 * (e["accuracy_high"] - e["accuracy"]) for e in evaluations]
-        accuracy_axis.errorbar(steps, accuracy, (low, high), marker="o", capsize=2, color="#0072B2", label="accuracy")
-        formats = [100 * e["format_rate"] for e in evaluations]
-        accuracy_axis.plot(steps, formats, marker=".", linestyle=":", color="#777777", label="right form")
-        accuracy_axis.set_ylabel(f"of {evaluations[0]['n']} problems (%)")
+        steps, accuracy = followed["train_step"], 100 * followed["accuracy"]
+        interval = accuracy - 100 * followed["accuracy_low"], 100 * followed["accuracy_high"] - accuracy
+        accuracy_axis.errorbar(steps, accuracy, interval, marker="o", capsize=2, color="#0072B2", label="accuracy")
+        forms = 100 * followed["format_rate"]
+        accuracy_axis.plot(steps, forms, marker=".", linestyle=":", color="#777777", label="right form")
+        accuracy_axis.set_ylabel(f"of {followed['n'].iloc[0]} problems (%)")
         accuracy_axis.set_ylim(0, 100)
         accuracy_axis.legend(frameon=False, loc="best")
         self.picture.update(self.figure)
@@ -199,17 +187,15 @@ def _rates(line: dict) -> dict:
     }
 
 
-def subject_level_table(line: dict) -> pd.DataFrame:
-    """Correct / all for each subject (row) and level (column) of one evaluation; empty for data without them."""
-    if not line.get("by_subject_and_level"):
-        return pd.DataFrame()
-    cells = {tuple(key.rsplit("|", 1)): f"{v['correct']} / {v['n']}" for key, v in line["by_subject_and_level"].items()}
-    table = pd.Series(cells).unstack(fill_value="")
-    table["all"] = [f"{v['correct']} / {v['n']}" for v in (line["by_subject"][s] for s in table.index)]
-    table.loc["all"] = [f"{v['correct']} / {v['n']}" for v in (line["by_level"][c] for c in table.columns[:-1])] + [
-        f"{line['correct']} / {line['n'] * line.get('samples', 1)}"
-    ]
-    return table
+def subject_level_table(records: list[dict]) -> pd.DataFrame:
+    """Correct / all for each subject (row) and level (column); empty for data without them."""
+    known = pd.DataFrame(records).dropna(subset=["subject", "level"])
+    if known.empty:
+        return known
+    counts = known.pivot_table(
+        "correct", "subject", "level", aggfunc=["sum", "count"], fill_value=0, margins=True, margins_name="all"
+    ).astype(int)
+    return counts["sum"].astype(str) + " / " + counts["count"].astype(str)
 
 
 def generations_table(run: Run, before: list[dict], after: list[dict]) -> Styler:
@@ -217,27 +203,27 @@ def generations_table(run: Run, before: list[dict], after: list[dict]) -> Styler
 
     What a model wrote is escaped: a page would swallow its tags, and run its scripts.
     """
-    first = {r["id"]: r for r in before if r.get("sample", 0) == 0}
-    rows = []
-    for record in after:
-        if record["id"] in run.shown_ids and record.get("sample", 0) == 0:
-            for name, shown in (("base", first.get(record["id"])), ("trained", record)):
-                if shown is not None:
-                    rows.append(
-                        {
-                            "problem": record["id"],
-                            "policy": name,
-                            "response": _shorten(shown["response"]),
-                            "verdict": VERDICT_WORDS.get(shown["verdict"], shown["verdict"]),
-                            "tokens": shown["tokens"],
-                            "entropy": None if shown["token_entropy"] is None else f"{shown['token_entropy']:.2f}",
-                        }
-                    )
-    return _as_text(pd.DataFrame(rows).set_index(["problem", "policy"]) if rows else pd.DataFrame())
+    rows = [
+        {
+            "problem": record["id"],
+            "policy": policy,
+            "response": _shorten(record["response"]),
+            "verdict": VERDICT_WORDS.get(record["verdict"], record["verdict"]),
+            "tokens": record["tokens"],
+            "entropy": record["token_entropy"],
+        }
+        for policy, records in (("base", before), ("trained", after))
+        for record in records
+        if record["id"] in run.shown_ids and record.get("sample", 0) == 0
+    ]
+    table = pd.DataFrame(rows, columns=["problem", "policy", "response", "verdict", "tokens", "entropy"])
+    return _as_text(table.sort_values("problem", kind="stable").set_index(["problem", "policy"]))
 
 
 def _as_text(table: pd.DataFrame) -> Styler:
-    return table.style.format(escape="html").set_properties(**{"text-align": "left", "white-space": "pre-wrap"})
+    return table.style.format(escape="html", precision=2, na_rep="–").set_properties(
+        **{"text-align": "left", "white-space": "pre-wrap"}
+    )
 
 
 def closing(run: Run, summary: dict) -> Markdown:

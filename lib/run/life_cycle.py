@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 
-from lib.environment import describe_environment
 from lib.evaluation.engine import shutdown, wait_until_ready
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
@@ -40,7 +39,7 @@ def start(run: Run) -> str:
         found = checkpoint.latest(config.run_dir) if config.resume and not finished else None
         past = None if found is None else read_past(config, run.batches, found)
         quiet_libraries(run.log_file)
-        run.tracker = Tracker(config, describe_environment(config.train_device, config.eval_device), run.sizes, past)
+        run.tracker = Tracker(config, run.environment, run.sizes, past)
         run.seconds.update(past.seconds if past else {})
     except BaseException:
         run.close_replicas()
@@ -82,14 +81,16 @@ def training_steps(run: Run) -> Iterator[Step]:
     yield from steps(run.batches, rates, run.sizes["selected"], config.train_device, cut, done)
 
 
-def record(run: Run, metrics: dict) -> None:
-    """Log the metrics of a step, and an evaluation that is done meanwhile; write a checkpoint where one is due."""
+def record(run: Run, step: Step) -> dict:
+    """Log a step and an evaluation that is done meanwhile; write a checkpoint where one is due. Returns its metrics."""
+    metrics = step.metrics()
     run.tracker.log_train(metrics)
-    due = run.checkpoints.due(metrics["train_step"])
+    due = run.checkpoints.due(step.number)
     if run.pending is not None and (due or run.pending.results.done()):
         finish_evaluation(run)  # a checkpoint has all evaluations of the weights before it
     if due:
-        _save_checkpoint(run, metrics["train_step"])
+        _save_checkpoint(run, step.number)
+    return metrics
 
 
 def _save_checkpoint(run: Run, step: int) -> None:

@@ -11,6 +11,7 @@ from lib.data import (
     select_examples,
     stratified_subset,
 )
+from lib.environment import describe_environment
 from lib.evaluation.engine import Engine, begin_vllm
 from lib.evaluation.evaluate import encode_prompts
 from lib.evaluation.form import check_form
@@ -61,6 +62,7 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
         replicas=replicas,
         tokenizer=tokenizer,
         template=template,
+        environment=describe_environment(config.train_device, config.eval_device),
         sizes={
             **training.sizes,
             "template": template.name,

@@ -45,6 +45,7 @@ class Run:
     config: RunConfig
     tokenizer: object
     template: Template
+    environment: dict
     sizes: dict
     batches: list[list[Sequence]]
     problems: list[Problem]

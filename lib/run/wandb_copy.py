@@ -4,17 +4,15 @@ Every call is guarded, because a study must not depend on a service: a wandb tha
 plots only.
 """
 
-import contextlib
 import http.client
 import os
 import ssl
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from pathlib import Path
 
+from lib.evaluation.engine import in_background
 from lib.files import first_line
 
 PATIENCE_AT_START = 4  # seconds for the server's first answer
@@ -35,8 +33,7 @@ class WandbCopy:
             mode, why = choose_mode(asked)
             self.note = f"wandb: {mode}" + (f" ({why})" if why else "")
             if mode != "disabled":
-                with _hidden("WANDB_MODE"):
-                    self._init(mode, folder, run_id, project, config)
+                self._init(mode, folder, run_id, project, config)
         except Exception as error:
             self.run = None
             self.note = f"wandb: not used ({first_line(error)})"
@@ -70,7 +67,7 @@ class WandbCopy:
         """Close the run, but wait only so long: unreachable, wandb would go on trying for days."""
         if self.run is None:
             return
-        closed = _in_thread(lambda: self.run.finish(exit_code=exit_code))
+        closed = in_background(lambda: self.run.finish(exit_code=exit_code))
         wait([closed], PATIENCE_AT_END)
         if not closed.done():
             self.note = f"wandb: not finished after {PATIENCE_AT_END} s; `wandb sync` can send the rest"
@@ -86,32 +83,31 @@ def choose_mode(asked: str) -> tuple[str, str]:
     wandb's settings file, and is online otherwise; a mode given by the parameter wins over them. Online needs
     credentials and a server that answers: without them the run is kept offline, so that `wandb sync` can send it.
     """
-    mode, why = (asked, "") if asked != "auto" else _mode_of_environment()
+    said, mode, why = os.environ.pop("WANDB_MODE", "").strip(), asked, ""
+    if said:  # wandb reads it too, and raises on spellings that it does not know
+        os.environ["WANDB_MODE"] = MODES.get(said.lower(), "offline")
+    if asked == "auto" and os.environ.get("WANDB_DISABLED", "").strip().lower() not in FALSE:
+        mode, why = "disabled", "by WANDB_DISABLED"
+    elif asked == "auto" and said:
+        mode, why = os.environ["WANDB_MODE"], f"by WANDB_MODE={said}"
     if mode in ("offline", "disabled"):
         return mode, why
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 
-    with _hidden("WANDB_MODE"):
-        settings = wandb_setup.singleton().settings
+    settings = wandb_setup.singleton().settings
     of_files = MODES.get(settings.mode, "online")
     if mode == "auto" and of_files != "online":
         return of_files, "by wandb's settings file"
-    if not wbauth.authenticate_session(host=settings.base_url, source="", prompt=False, update_session=False):
+    try:
+        logged_in = wbauth.authenticate_session(host=settings.base_url, source="", prompt=False, update_session=False)
+    except Exception as error:  # a key that can't be one
+        return "offline", first_line(error)
+    if not logged_in:
         return "offline", "not logged in"
     if problem := unreachable(settings.base_url):
         return "offline", f"{settings.base_url}: {problem}"
     return "online", why
-
-
-def _mode_of_environment() -> tuple[str, str]:
-    """The mode that the environment asks for, and the variable that says so; "auto" where none does."""
-    if os.environ.get("WANDB_DISABLED", "").strip().lower() not in FALSE:
-        return "disabled", "by WANDB_DISABLED"
-    if asked := os.environ.get("WANDB_MODE", "").strip():
-        mode = MODES.get(asked.lower())
-        return (mode, "by WANDB_MODE") if mode else ("offline", f"WANDB_MODE={asked!r} is unknown")
-    return "auto", ""
 
 
 def unreachable(server: str) -> str:
@@ -130,31 +126,6 @@ def unreachable(server: str) -> str:
             return first_line(getattr(error, "reason", error))
         return ""
 
-    answer = _in_thread(ask)  # looking up a name has no time limit of its own
+    answer = in_background(ask)  # looking up a name has no time limit of its own
     wait([answer], PATIENCE_AT_START)
     return answer.result() if answer.done() else f"no answer within {PATIENCE_AT_START} s"
-
-
-def _in_thread(call: Callable) -> Future:
-    """Start a call that may hang in a thread which does not keep the process alive."""
-    future: Future = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-@contextlib.contextmanager
-def _hidden(name: str):
-    """A variable of the environment out of sight: wandb raises on spellings of its mode that it does not know."""
-    value = os.environ.pop(name, None)
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ[name] = value

@@ -68,11 +68,14 @@ def test_the_table_of_evaluations_reads_old_lines_and_new_ones():
 
 
 def test_data_without_levels_and_subjects_have_no_table_of_them():
-    assert live.subject_level_table(LINE).empty
-    groups = {"by_subject": {"a|b": {"n": 80, "correct": 4}}, "by_level": {"Level 1": {"n": 80, "correct": 4}}}
-    groups["by_subject_and_level"] = {"a|b|Level 1": {"n": 80, "correct": 4}}
-    table = live.subject_level_table(LINE | groups | {"samples": 4})
-    assert table.loc["a|b", "Level 1"] == "4 / 80" and table.loc["all", "all"] == "4 / 80"
+    records = [
+        {"subject": subject, "level": level, "correct": correct}
+        for subject, level, correct in (("a|b", "Level 1", True), ("a|b", "Level 2", False), ("c", "Level 1", True))
+    ]
+    table = live.subject_level_table([*records, records[0] | {"correct": False}])
+    assert table.loc["a|b"].tolist() == ["1 / 2", "0 / 1", "1 / 3"] and table.columns[-1] == "all"
+    assert table.loc["c"].tolist() == ["1 / 1", "0 / 0", "1 / 1"] and table.loc["all", "all"] == "2 / 4"
+    assert live.subject_level_table([r | {"subject": None, "level": None} for r in records]).empty
 
 
 def test_drawing_takes_one_percent_of_the_time_and_the_last_step_is_drawn(monkeypatch):

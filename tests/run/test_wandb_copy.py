@@ -68,7 +68,7 @@ def test_the_environment_is_obeyed(monkeypatch, server, name, value, mode):
 def test_the_environment_may_ask_for_online(monkeypatch, server, value):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", value)
-    assert choose_mode("auto") == ("online", "by WANDB_MODE")
+    assert choose_mode("auto") == ("online", f"by WANDB_MODE={value}")
 
 
 @pytest.mark.parametrize("value", ["", "false", "0", "no", "Off"])
@@ -84,6 +84,12 @@ def test_the_parameter_wins(monkeypatch, server, asked, said):
     for name, value in (said | {"WANDB_API_KEY": KEY}).items():
         monkeypatch.setenv(name, value)
     assert choose_mode(asked) == (asked, "")
+
+
+def test_a_key_that_can_t_be_one_keeps_the_run_offline(monkeypatch, server):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    mode, why = choose_mode("auto")
+    assert mode == "offline" and "WANDB_API_KEY" in why
 
 
 @pytest.mark.parametrize("place", ["home", "NETRC"])
@@ -108,7 +114,7 @@ def test_wandbs_settings_file_is_obeyed_unless_something_says_otherwise(monkeypa
     assert choose_mode("auto") == (expected, "by wandb's settings file")
     assert choose_mode("online") == ("online", "")
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert choose_mode("auto") == ("online", "by WANDB_MODE")
+    assert choose_mode("auto") == ("online", "by WANDB_MODE=online")
 
 
 @pytest.mark.parametrize("broken", ["closed", "silent", "no such name", "slow name", "proxy"])
@@ -144,7 +150,7 @@ def test_a_run_kept_offline_can_be_synced(monkeypatch, tmp_path):
     copy = WandbCopy("auto", tmp_path / "n16", "abc123", "a-project", {"n": 16})
     copy.log({"train_step": 1, "train/loss": 2.0})
     copy.finish(0)
-    assert copy.note == "wandb: offline (by WANDB_MODE)" and os.environ["WANDB_MODE"] == "Offline"
+    assert copy.note == "wandb: offline (by WANDB_MODE=Offline)"
     assert list((tmp_path / "n16/wandb").glob("offline-run-*-abc123/*.wandb"))
 
 
