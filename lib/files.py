@@ -69,10 +69,16 @@ def read_text(path: Path) -> str:
     return decode(content, path)
 
 
-def decode(content: bytes, path: Path) -> str:
+def refuse_signature(content: bytes, path: Path) -> None:
+    """UserError where a file begins as one that was stored, packed or fetched instead of the file that is meant."""
     for signature, kind in SIGNATURES.items():
         if content.startswith(signature):
-            raise UserError(f"{shorten_path(path)}: is {kind}; plain text in UTF-8 is needed")
+            raise UserError(f"{shorten_path(path)}: is {kind}, not the file that is needed")
+
+
+def decode(content: bytes, path: Path) -> str:
+    """UTF-8 text; `path` is what a UserError names."""
+    refuse_signature(content, path)
     if (position := content.find(b"\0")) < 0:
         try:
             return content.decode("utf-8-sig")
