@@ -223,7 +223,8 @@ def start(run: Run) -> str:
             checkpoint.check_space(config.run_dir, run.policy)
     with run.recorded("engine_start"):
         run.engine = run.engine or start_engine(run, run.log_file)
-        engines.wait_until_ready(run.engine)
+        if config.eval_device != "cpu":
+            engines.wait_until_ready(run.engine)
     if config.eval_device != "cpu":
         # The first weights open the way (NCCL) and warm up what proves it: a second that training would wait for later.
         _send_weights(run, prove=True)
