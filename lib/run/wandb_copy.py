@@ -6,13 +6,14 @@ plots only.
 
 import http.client
 import os
+import queue
 import ssl
+import threading
 import urllib.error
 import urllib.request
-from concurrent.futures import wait
+from collections.abc import Callable
 from pathlib import Path
 
-from lib.evaluation.engine import in_background
 from lib.files import first_line
 
 PATIENCE_AT_START = 4  # seconds for the server's first answer
@@ -67,13 +68,17 @@ class WandbCopy:
         """Close the run, but wait only so long: unreachable, wandb would go on trying for days."""
         if self.run is None:
             return
-        closed = in_background(lambda: self.run.finish(exit_code=exit_code))
-        wait([closed], PATIENCE_AT_END)
-        if not closed.done():
-            self.note = f"wandb: not finished after {PATIENCE_AT_END} s; `wandb sync` can send the rest"
-        elif error := closed.exception():
-            self.note = f"wandb: not finished ({first_line(error)})"
-        self.run = None
+        run, self.run = self.run, None
+
+        def close() -> str:
+            try:
+                run.finish(exit_code=exit_code)
+            except Exception as error:
+                return f"wandb: not finished ({first_line(error)})"
+            return self.note
+
+        late = f"wandb: not finished after {PATIENCE_AT_END} s; `wandb sync` can send the rest"
+        self.note = _within(PATIENCE_AT_END, close, late)
 
 
 def choose_mode(asked: str) -> tuple[str, str]:
@@ -126,6 +131,15 @@ def unreachable(server: str) -> str:
             return first_line(getattr(error, "reason", error))
         return ""
 
-    answer = in_background(ask)  # looking up a name has no time limit of its own
-    wait([answer], PATIENCE_AT_START)
-    return answer.result() if answer.done() else f"no answer within {PATIENCE_AT_START} s"
+    # Looking up a name has no time limit of its own.
+    return _within(PATIENCE_AT_START, ask, f"no answer within {PATIENCE_AT_START} s")
+
+
+def _within(seconds: float, call: Callable[[], str], otherwise: str) -> str:
+    """What `call` returns, or `otherwise` if it takes longer; it then goes on in a thread that holds up no exit."""
+    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(call()), daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return otherwise
