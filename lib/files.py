@@ -17,7 +17,7 @@ SIGNATURES = {
     b"\xfd7zXZ": "compressed (xz)",
     b"\x28\xb5\x2f\xfd": "compressed (zstandard)",
     b"PAR1": "a Parquet file",
-    b"\xff\xfe": "UTF-16 text",
+    b"\xff\xfe": "UTF-16 or UTF-32 text",
     b"\xfe\xff": "UTF-16 text",
     b"version https://git-lfs": "a Git LFS pointer (`git lfs pull` fetches the file itself)",
     b"<!DOCTYPE": "a web page",
