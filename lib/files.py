@@ -32,6 +32,14 @@ def write_json(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
+def read_json(path: Path) -> dict:
+    """A JSON file's content. UserError with file and line where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{shorten_path(str(path))}:{error.lineno}: not JSON ({error.msg})") from error
+
+
 def append_lines(path: Path, rows: list[dict]) -> None:
     """Append rows in one write, so that a killed run leaves at most one unfinished line."""
     with open(path, "a", encoding="utf-8") as file:

@@ -9,12 +9,10 @@ from scipy.stats import binomtest
 
 from lib.data import Problem, Template
 from lib.evaluation.engine import Engine, Generation, Sampling, generate
+from lib.evaluation.verdicts import FAILED, VERDICTS
 from lib.grading import grade_many
 from lib.training.batching import Sequence, pack
 from lib.training.policy import as_written, autocast, response_log_probs
-
-VERDICTS = ("correct", "wrong", "no_answer", "truncated")
-FAILED = "failed"  # no verdict: the engine gave this response up
 
 
 @dataclass(frozen=True)

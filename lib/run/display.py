@@ -8,8 +8,8 @@ from IPython.display import HTML, Markdown, display
 from pandas.io.formats.style import Styler
 
 from lib.environment import describe_environment
+from lib.evaluation.verdicts import VERDICT_WORDS
 from lib.files import shorten_path
-from lib.report.tables import VERDICT_WORDS
 from lib.run.life_cycle import Run
 
 SHARE_OF_TIME = 0.01  # that drawing may take: training waits for it
