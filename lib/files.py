@@ -32,6 +32,24 @@ def write_json(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, empty where there is no file; UserError where it holds anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise UserError(f"{shorten_path(str(path))}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{shorten_path(str(path))}: must be a JSON object")
+    return value
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run of this folder came to its end: `summary.json` is written last."""
+    return read_json(run_dir / "summary.json").get("status") == "finished"
+
+
 def append_lines(path: Path, rows: list[dict]) -> None:
     """Append rows in one write, so that a killed run leaves at most one unfinished line."""
     with open(path, "a", encoding="utf-8") as file:
