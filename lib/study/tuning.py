@@ -4,7 +4,6 @@ import copy
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +37,9 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
     _refuse_other_settings(rows, config, path)
     done = {(row["learning_rate"], row["batch_size"]): row for row in rows}
     grid = list(itertools.product(learning_rates, batch_sizes))
-    runs = {point: prepare(replace(config, learning_rate=point[0], batch_size=point[1])) for point in grid}
+    runs = {
+        point: prepare(config.model_copy(update={"learning_rate": point[0], "batch_size": point[1]})) for point in grid
+    }
     yield from (done[point] for point in grid if point in done)
     left = [point for point in grid if point not in done]
     if not left:
