@@ -127,6 +127,11 @@ def _write_whole(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run of this folder came to its end: `summary.json` is written last."""
+    return read_json(run_dir / "summary.json").get("status") == "finished"
+
+
 # --- JSONL ---------------------------------------------------------------------------------------------------------
 
 
