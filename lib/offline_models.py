@@ -13,6 +13,7 @@ import hashlib
 import re
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -143,7 +144,7 @@ def read_pieces(pieces: list[Path | zipfile.Path]) -> Iterator[bytes]:
             with piece.open("rb") as file:
                 while chunk := file.read(CHUNK):
                     yield chunk
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{shorten_path(str(piece))}: can't be read ({error})") from error
 
 
