@@ -16,9 +16,7 @@ import traceback
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
-from unittest.mock import patch
 
 import psutil
 import torch
@@ -57,6 +55,7 @@ from lib.training import attention, batching, policy
 from lib.training import steps as train
 from lib.training.reference import get_response_log_probs, pad_and_shift, sft_microbatch_train_step
 
+PEAK_RATE = 1e-5  # of AdamW
 BATCH = 64  # examples an optimizer step, everywhere but on the CPU
 
 
@@ -174,34 +173,30 @@ def batches_of(settings, tokenizer, size: int = BATCH) -> list[list[batching.Seq
     return batching.make_batches(sequences, size, math.ceil(steps * size / len(sequences)), steps, settings.seed)
 
 
-def config_of(settings) -> SimpleNamespace:
-    """What `lib.training.steps` asks of a run's settings."""
-    rates = {"learning_rate": 1e-5, "weight_decay": 0.0, "warmup_ratio": 0.0, "gradient_clip": 1.0, "precision": "bf16"}
-    device = {"train_device": settings.device, "gpu_memory_utilization": 0.0}  # no engine is beside it
-    return SimpleNamespace(**device, microbatch_tokens=settings.microbatch_tokens, **rates)
-
-
-def our_steps(model, batches, settings, share_prefix: bool) -> list[dict]:
-    config = config_of(settings)
-    optimizer, scheduler = train.make_optimizer(model, config, len(batches))
-
-    def cut(batch, microbatch_tokens, *_, **__):
-        return batching.make_microbatches(batch, microbatch_tokens, share_prefix)
-
-    with patch.object(train, "make_microbatches", cut):
-        steps = list(train.train_steps(model, optimizer, scheduler, batches, config, n_examples=sum(map(len, batches))))
+def our_steps(model, batches, settings, share_prefix: bool, backward=policy.backward) -> list[dict]:
+    steps = train.train_steps(
+        model,
+        train.make_optimizer(model),
+        train.learning_rates(len(batches), PEAK_RATE),
+        batches,
+        n_examples=sum(map(len, batches)),
+        microbatch_tokens=settings.microbatch_tokens,
+        precision="bf16",
+        gradient_clip=1.0,
+        backward=backward,
+        cut=partial(batching.make_microbatches, share_prefix=share_prefix),
+    )
     return [
-        step | {"computed_flops": packed_flops(shape_of(model), batch, config.microbatch_tokens, share_prefix)}
+        step | {"computed_flops": packed_flops(shape_of(model), batch, settings.microbatch_tokens, share_prefix)}
         for step, batch in zip(steps, batches, strict=True)
     ]
 
 
 def naive_steps(model, batches, settings, size: int) -> list[dict]:
     """The course's functions in a plain loop: padded microbatches of `size`, logits of every token."""
-    config, shape, steps = config_of(settings), shape_of(model), []
-    optimizer, scheduler = train.make_optimizer(model, config, len(batches))
+    shape, optimizer, steps = shape_of(model), train.make_optimizer(model), []
     model.train()
-    for batch in batches:
+    for batch, rate in zip(batches, train.learning_rates(len(batches), PEAK_RATE), strict=True):
         started, loss = time.perf_counter(), 0.0
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         # The step averages over sequences and microbatches: this makes it a mean over the batch's response tokens.
@@ -210,13 +205,13 @@ def naive_steps(model, batches, settings, size: int) -> list[dict]:
             ids = [torch.tensor(s.token_ids) for s in part]
             masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in part]
             inputs = {name: t.to(settings.device) for name, t in pad_and_shift(ids, masks, 0).items()}
-            with policy.autocast(settings.device, config.precision):
+            with policy.autocast(settings.device, "bf16"):
                 log_probs = get_response_log_probs(model, inputs["input_ids"], inputs["labels"])["log_probs"]
             loss += sft_microbatch_train_step(log_probs, inputs["response_mask"], len(parts), constant)[0]
             del log_probs
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         loss = float(loss)
         if settings.device != "cpu":
@@ -228,12 +223,12 @@ def naive_steps(model, batches, settings, size: int) -> list[dict]:
     return steps
 
 
-def liger_backward(model, microbatch, normalize_constant: float, precision: str):
+def liger_backward(model, states, microbatch, normalize_constant: float, precision: str):
     """`lib.training.policy.backward` with Liger's fused linear cross-entropy, which gives no entropy."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     with policy.autocast(microbatch.labels.device.type, precision):
-        states = policy._last_states(model, microbatch)[microbatch.response_positions]
+        states = states[microbatch.response_positions]
         fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         loss = fused(model.get_output_embeddings().weight, states, microbatch.labels) / normalize_constant
     loss.backward()
@@ -246,13 +241,12 @@ def measure_ours(settings) -> None:
     batches = batches_of(settings, tokenizer, settings.batch)
     base = [p.detach().cpu().clone() for p in model.parameters()]
 
-    def measure(steps, *arguments, batches=batches, stance="default", backward=None):
+    def measure(steps, *arguments, batches=batches, stance="default", **options):
         with torch.no_grad():
             for parameter, weight in zip(model.parameters(), base, strict=True):
                 parameter.copy_(weight)
-        replaced = patch.object(train, "backward", backward or train.backward)
-        with torch.compiler.set_stance(stance), replaced:
-            seen = steps(model, batches, settings, *arguments)
+        with torch.compiler.set_stance(stance):
+            seen = steps(model, batches, settings, *arguments, **options)
         for step, batch in zip(seen, batches, strict=True):
             step["flops"] = example_flops(shape_of(model), [len(s.token_ids) for s in batch])
         return training_row(seen, settings.warmup_steps, settings.device)

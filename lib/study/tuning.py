@@ -19,7 +19,7 @@ from lib.report.numbers import told_apart
 from lib.run.life_cycle import PROOF_PROMPTS, prepare, start_engine
 from lib.settings import INCIDENTAL, RunConfig, changed_settings
 from lib.training.policy import load_policy
-from lib.training.steps import make_optimizer, train_steps
+from lib.training.steps import learning_rates, make_optimizer, train_steps
 
 # What is tried where the notebook leaves it open.
 GRIDS = {
@@ -89,8 +89,18 @@ def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> N
 def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> tuple[dict, list[dict]]:
     """The line of one point of the grid, and a record (without its text) for each tuning problem."""
     config, started = run.config, time.perf_counter()
-    optimizer, scheduler = make_optimizer(policy, config, len(run.batches))
-    metrics = list(train_steps(policy, optimizer, scheduler, run.batches, config, run.sizes["selected"]))
+    metrics = list(
+        train_steps(
+            policy,
+            make_optimizer(policy, config.weight_decay),
+            learning_rates(len(run.batches), config.learning_rate, config.warmup_ratio),
+            run.batches,
+            run.sizes["selected"],
+            microbatch_tokens=config.microbatch_tokens,
+            precision=config.precision,
+            gradient_clip=config.gradient_clip,
+        )
+    )
     engines.load_policy_into_vllm_instance(policy, engine)
     engines.prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
     chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]
