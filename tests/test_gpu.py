@@ -23,7 +23,7 @@ from lib.training import checkpoint
 from lib.training.attention import _attend_at_once, _attend_in_turn, make_packing
 from lib.training.batching import encode, make_batches, make_microbatches
 from lib.training.policy import backward, forward, load_policy, load_tokenizer
-from lib.training.steps import learning_rates, make_optimizer, train_steps
+from lib.training.steps import make_optimizer, train_steps
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "lib" / "mini" / "model")
@@ -196,13 +196,10 @@ def test_a_resumed_run_ends_as_the_same_settings_do_twice(tmp_path, parameters):
     examples, _ = load_examples(Path(config.data_dir))
     batches = make_batches(encode(examples, tokenizer, 512), 8, 2, 8, seed=0)
 
-    rates = learning_rates(len(batches), config.learning_rate, config.warmup_ratio)
-    settings = {"microbatch_tokens": config.microbatch_tokens, "precision": "bf16", "gradient_clip": 1.0}
-
     def losses(stop: int | None = None) -> list[float]:
         policy = load_policy(MODEL, "cuda:0")
         optimizer, seen = make_optimizer(policy), []
-        for metrics in train_steps(policy, optimizer, rates, batches, len(examples), **settings):
+        for metrics in train_steps(policy, optimizer, batches, config.optimization, len(examples)):
             seen.append(metrics["loss"])
             if len(seen) == stop:
                 checkpoint.save(tmp_path, stop, policy, optimizer, {"train_step": stop})
@@ -212,7 +209,7 @@ def test_a_resumed_run_ends_as_the_same_settings_do_twice(tmp_path, parameters):
         policy = load_policy(MODEL, "cuda:0")
         optimizer = make_optimizer(policy)
         checkpoint.restore(checkpoint.latest(tmp_path), policy, optimizer)
-        rest = train_steps(policy, optimizer, rates, batches, len(examples), **settings, done=stop)
+        rest = train_steps(policy, optimizer, batches, config.optimization, len(examples), done=stop)
         return seen + [m["loss"] for m in rest]
 
     first, again, resumed = losses(), losses(), losses(stop=4)

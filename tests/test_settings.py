@@ -1,14 +1,25 @@
 """Every mistake in a parameter is named before anything is loaded or written."""
 
+import ast
 import json
+import re
 import shutil
 
 import pytest
 
 from lib import settings as configs
-from lib.files import UserError
+from lib.files import PROJECT_ROOT, UserError
 from lib.run.life_cycle import prepare
-from lib.settings import PROFILES, resolve
+from lib.settings import PROFILES, RunConfig, resolve
+
+
+def test_the_parameters_cell_says_what_the_model_says():
+    """Names, order, defaults and comments stand in `RunConfig`; the notebook shows the same."""
+    cells = json.loads((PROJECT_ROOT / "notebooks/train.ipynb").read_text(encoding="utf-8"))["cells"]
+    (cell,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    shown = [re.fullmatch(r"(\w+) = (.+?) +# (.+)", line).groups() for line in cell.splitlines() if line]
+    fields = [(name, field.default, field.description) for name, field in RunConfig.model_fields.items()]
+    assert [(name, ast.literal_eval(default), meaning) for name, default, meaning in shown] == fields
 
 
 def test_defaults_of_the_profile_fill_what_is_none(parameters):
@@ -78,7 +89,7 @@ def test_run_names(parameters, n, filtered, seed, name):
     ],
 )
 def test_wrong_values_are_named(parameters, wrong, message):
-    with pytest.raises(UserError, match="^" + __import__("re").escape(message)):
+    with pytest.raises(UserError, match="^" + re.escape(message)):
         resolve(parameters | wrong)
 
 

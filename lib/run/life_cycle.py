@@ -31,7 +31,7 @@ from lib.settings import RunConfig, check_run_dir
 from lib.training import checkpoint
 from lib.training.batching import Sequence, encode, make_batches
 from lib.training.policy import load_policy, load_tokenizer
-from lib.training.steps import evaluation_steps, learning_rates, make_optimizer, out_of_memory, train_steps
+from lib.training.steps import evaluation_steps, make_optimizer, out_of_memory, train_steps
 
 BASE = {"train_step": 0, "epoch": 0.0, "examples_seen": 0}  # the position of the untrained model
 PROOF_PROMPTS = 8
@@ -108,7 +108,7 @@ def _explain(error: BaseException, config: RunConfig) -> RunError | None:
             f"in {folder}; free some space and run the same again: it goes on from its last checkpoint."
         )
     if isinstance(error, torch.OutOfMemoryError):
-        return RunError(out_of_memory(config.train_device, config.microbatch_tokens))
+        return RunError(out_of_memory(config.optimization))
     return None
 
 
@@ -259,17 +259,8 @@ def train(run: Run) -> Iterator[dict]:
         yield tracker.metrics[-1]
     data = hash_batches(run.batches)
     cost, last = checkpoint.size(run.policy) / checkpoint.BYTES_PER_SECOND, time.perf_counter()
-    for metrics in train_steps(
-        run.policy,
-        run.optimizer,
-        learning_rates(len(run.batches), config.learning_rate, config.warmup_ratio),
-        run.batches,
-        run.sizes["selected"],
-        microbatch_tokens=config.microbatch_tokens,
-        precision=config.precision,
-        gradient_clip=config.gradient_clip,
-        done=done,
-    ):
+    n = run.sizes["selected"]
+    for metrics in train_steps(run.policy, run.optimizer, run.batches, config.optimization, n, done=done):
         tracker.log_train(metrics)
         step = metrics["train_step"]
         if config.checkpoint_interval is None:

@@ -5,7 +5,6 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from lib.report.numbers import told_apart
 from lib.run.life_cycle import PROOF_PROMPTS, prepare, start_engine
 from lib.settings import INCIDENTAL, RunConfig, changed_settings
 from lib.training.policy import load_policy
-from lib.training.steps import learning_rates, make_optimizer, train_steps
+from lib.training.steps import make_optimizer, train_steps
 
 # What is tried where the notebook leaves it open.
 GRIDS = {
@@ -45,7 +44,9 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
     _refuse_other_settings(rows, config, path)
     done = {(row["learning_rate"], row["batch_size"]): row for row in rows}
     grid = list(itertools.product(learning_rates, batch_sizes))
-    runs = {point: prepare(replace(config, learning_rate=point[0], batch_size=point[1])) for point in grid}
+    runs = {
+        point: prepare(config.model_copy(update={"learning_rate": point[0], "batch_size": point[1]})) for point in grid
+    }
     yield from (done[point] for point in grid if point in done)
     left = [point for point in grid if point not in done]
     if not left:
@@ -89,18 +90,8 @@ def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> N
 def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> tuple[dict, list[dict]]:
     """The line of one point of the grid, and a record (without its text) for each tuning problem."""
     config, started = run.config, time.perf_counter()
-    metrics = list(
-        train_steps(
-            policy,
-            make_optimizer(policy, config.weight_decay),
-            learning_rates(len(run.batches), config.learning_rate, config.warmup_ratio),
-            run.batches,
-            run.sizes["selected"],
-            microbatch_tokens=config.microbatch_tokens,
-            precision=config.precision,
-            gradient_clip=config.gradient_clip,
-        )
-    )
+    optimizer = make_optimizer(policy, config.weight_decay)
+    metrics = list(train_steps(policy, optimizer, run.batches, config.optimization, run.sizes["selected"]))
     engines.load_policy_into_vllm_instance(policy, engine)
     engines.prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
     chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]

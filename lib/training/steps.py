@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from lib.settings import Optimization
 from lib.training.batching import Microbatch, Sequence, make_microbatches
 from lib.training.policy import backward, forward
 
@@ -135,44 +136,42 @@ def steps(
 def train_steps(
     policy: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    rates: list[float],
     batches: list[list[Sequence]],
+    settings: Optimization,
     n_examples: int,
     *,
-    microbatch_tokens: int,
-    precision: str,
-    gradient_clip: float,
     done: int = 0,
     backward: Callable = backward,
     cut: Callable = make_microbatches,
 ) -> Iterator[dict]:
     """Train on `batches` in order, yielding the metrics of each optimizer step (`Step.metrics`).
 
-    `rates`: a learning rate each. `done`: how many steps were taken before, with this state of policy and optimizer.
+    `n_examples` make an epoch. `done`: how many steps were taken before, with this state of policy and optimizer.
     `backward(policy, states, microbatch, normalize_constant, precision)` and `cut(batch, microbatch_tokens)` stand for
     `lib.training.policy.backward` and `lib.training.batching.make_microbatches`.
     Raises `TrainingError` for a loss that is not finite, and for a GPU that is out of memory.
     """
-    cut = partial(cut, microbatch_tokens=microbatch_tokens)
+    rates = learning_rates(len(batches), settings.learning_rate, settings.warmup_ratio)
+    cut = partial(cut, microbatch_tokens=settings.microbatch_tokens)
     for step in steps(batches, rates, n_examples, policy.device, cut, done):
         try:
             for microbatch in step.microbatches:
-                states = forward(policy, microbatch, precision)
-                step.add(*backward(policy, states, microbatch, step.response_tokens, precision))
-            step.check(clip_grad_norm_(policy.parameters(), gradient_clip))
+                states = forward(policy, microbatch, settings.precision)
+                step.add(*backward(policy, states, microbatch, step.response_tokens, settings.precision))
+            step.check(clip_grad_norm_(policy.parameters(), settings.gradient_clip))
             optimizer.param_groups[0]["lr"] = step.learning_rate
             optimizer.step()
             optimizer.zero_grad()
         except torch.OutOfMemoryError as error:
-            raise TrainingError(f"step {step.number}: {out_of_memory(policy.device, microbatch_tokens)}") from error
+            raise TrainingError(f"step {step.number}: {out_of_memory(settings)}") from error
         yield step.metrics()
 
 
-def out_of_memory(device: str | torch.device, microbatch_tokens: int) -> str:
+def out_of_memory(settings: Optimization) -> str:
     """What to do about a full GPU."""
     return (
-        f"{device} is out of memory; lower microbatch_tokens={microbatch_tokens} (the results stay the same), or "
-        "gpu_memory_utilization where the engine shares this GPU"
+        f"{settings.train_device} is out of memory; lower microbatch_tokens={settings.microbatch_tokens} (the results "
+        "stay the same), or gpu_memory_utilization where the engine shares this GPU"
     )
 
 

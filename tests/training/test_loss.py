@@ -196,17 +196,8 @@ def train(config, data_dir, model_folder, n=10):
 
 def steps_of(policy, batches, config, n, **others):
     """`train_steps` by the settings of a run."""
-    return train_steps(
-        policy,
-        make_optimizer(policy, config.weight_decay),
-        learning_rates(len(batches), config.learning_rate, config.warmup_ratio),
-        batches,
-        n,
-        microbatch_tokens=config.microbatch_tokens,
-        precision=config.precision,
-        gradient_clip=config.gradient_clip,
-        **others,
-    )
+    optimizer = make_optimizer(policy, config.weight_decay)
+    return train_steps(policy, optimizer, batches, config.optimization, n, **others)
 
 
 def test_a_step_equals_the_course_functions(config, data_dir, tiny_model):
