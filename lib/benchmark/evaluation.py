@@ -1,4 +1,4 @@
-"""How fast answers come: at fixed lengths beside `generate`, and at the lengths of real responses by several engines."""
+"""How fast answers come: at fixed lengths beside `generate`, and at the lengths of real responses."""
 
 import contextlib
 import itertools
@@ -6,39 +6,30 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from lib.benchmark.rows import (
-    GENERATE,
-    GRADING,
-    GREEDY,
-    NO_CACHE,
-    ONE,
-    SYNC,
-    THREE,
-    VLLM,
-    WARM,
-    Settings,
-    attempt,
-)
+from lib.benchmark import rows
+from lib.benchmark.rows import Settings, attempt
 from lib.data import Example, Problem, load_examples, load_problems, stratified_subset
-from lib.evaluation import engine as engines
-from lib.evaluation.evaluate import encode_prompts
+from lib.evaluation.engine import Engine, Sampling, init_vllm, load_policy_into_vllm_instance, shutdown
+from lib.evaluation.evaluate import encode_prompts, evaluate
 from lib.grading import grade_many, stop_workers
+from lib.logs import captured
 from lib.training import policy
 
 
-def questions(settings: Settings, tokenizer) -> tuple[list[list[int]], list[Example], list[Problem]]:
-    """Prompts for vLLM and `generate`, with all examples, and the problems that the prompts ask."""
+def questions(settings: Settings, tokenizer) -> tuple[list[list[int]], list[Problem], list[Example]]:
+    """Prompts, the problems that they ask, and all examples."""
     examples, template = load_examples(settings.data_dir)
     problems = load_problems(settings.data_dir / "validation.jsonl")
     chosen = stratified_subset(problems, settings.eval_problems, settings.seed)
-    return encode_prompts(chosen, template, tokenizer), examples, chosen
+    return encode_prompts(chosen, template, tokenizer), chosen, examples
 
 
 @contextlib.contextmanager
@@ -65,63 +56,37 @@ def load(row: dict, device: str, engine: Iterable[psutil.Process]):
                 row["gpu_busy"] = statistics.mean(map(int, samples)) / 100
 
 
-class Engines:
-    """One or more engines side by side on one GPU, `memory` of it for all of them; ended with the block."""
-
-    def __init__(self, settings: Settings, longest: int, count: int = 1, memory: float = 0.5, **options):
-        options |= {"log_file": settings.out.with_name("engine.log"), "max_model_len": longest}
-        options |= {"gpu_memory_utilization": memory / count}
-        start = partial(engines.init_vllm, settings.model, settings.device, settings.device, **options)
-        begin = time.perf_counter()
-        if count == 1:
-            self.running = [start()]
-        else:
-            engines.count_parameters(settings.model)  # not in several threads: it sets torch's default type
-            starting = [engines.in_background(start)[0] for _ in range(count)]
-            self.running = [future.result() for future in starting]
-        self.start_seconds = time.perf_counter() - begin
-
-    def __enter__(self) -> "Engines":
-        return self
-
-    def __exit__(self, *_) -> None:
-        for engine in self.running:
-            engines.shutdown(engine)
-
-    def answer(self, settings: Settings, prompts: list[list[int]], sampling) -> tuple[list, dict]:
-        """vLLM's outputs for `prompts`, dealt out among the engines, and the row of how it went."""
-        requests = [{"prompt_token_ids": ids} for ids in prompts]
-        parts = [requests[first :: len(self.running)] for first in range(len(self.running))]
-        processes = {process for engine in self.running for process in engine.processes}
-        row = {"problems": len(prompts), "start_seconds": self.start_seconds}
-        with engines.captured(self.running[0].log_file), load(row, settings.device, processes):
-            answering = [
-                engines.in_background(partial(engine.llm.generate, part, sampling, use_tqdm=False))[0]
-                for engine, part in zip(self.running, parts, strict=True)
-            ]
-            outputs = [output.outputs[0] for future in answering for output in future.result()]
-        tokens = sum(len(output.token_ids) for output in outputs)
-        row |= {"problems_per_second": len(prompts) / row["seconds"], "tokens_per_second": tokens / row["seconds"]}
-        return outputs, row | {"mean_tokens": tokens / len(prompts)}
+@contextlib.contextmanager
+def started(settings: Settings, longest: int, memory: float, **options):
+    """Engines for the model, which end with the block, and the seconds that their start took."""
+    options |= {"log_file": settings.out.with_name("engine.log"), "max_model_len": longest}
+    begin = time.perf_counter()
+    engine = init_vllm(settings.model, settings.device, settings.device, gpu_memory_utilization=memory, **options)
+    try:
+        yield engine, time.perf_counter() - begin
+    finally:
+        shutdown(engine)
 
 
 # --- Fixed lengths ---------------------------------------------------------------------------------------------------
 
 
-def vllm_row(settings: Settings, prompts: list[list[int]], started: Engines) -> dict:
+def vllm_row(settings: Settings, prompts: list[list[int]], engine: Engine) -> dict:
     """All prompts answered with exactly `new_tokens` tokens each."""
     from vllm import SamplingParams
 
     length = settings.new_tokens
     fixed = SamplingParams(temperature=1.0, max_tokens=length, min_tokens=length, ignore_eos=True)
-    outputs, row = started.answer(settings, prompts, fixed)
-    assert len(outputs) == len(prompts) and all(len(output.token_ids) == length for output in outputs)
-    return row
+    row = {"problems": len(prompts)}
+    with captured(engine.log_file), load(row, settings.device, engine.processes):
+        outputs = engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], fixed, use_tqdm=False)
+    assert all(len(output.outputs[0].token_ids) == length for output in outputs)
+    return row | {"problems_per_second": len(outputs) / row["seconds"]}
 
 
-def sync_row(model: torch.nn.Module, started: Engines) -> dict:
+def sync_row(model: torch.nn.Module, engine: Engine) -> dict:
     """The policy's weights sent six times; the first one builds the way."""
-    first, *others = [engines.load_policy_into_vllm_instance(model, started.running[0]) for _ in range(6)]
+    first, *others = [load_policy_into_vllm_instance(model, engine) for _ in range(6)]
     return {"seconds": statistics.median(others), "first_seconds": first, "highest": max(others)}
 
 
@@ -146,79 +111,74 @@ def generate_row(settings: Settings, tokenizer, prompts: list[list[int]], size: 
     return row | {"problems_per_second": len(prompts) / row["seconds"]}
 
 
-def grading_row(examples: list[Example], problems: list[Problem], number: int = 5000) -> dict:
+def grading_row(settings: Settings, examples: list[Example], number: int = 5000) -> dict:
     """Real traces against their answers, then gold answers against those of the next problem; worker start included."""
     pairs = [(e.response, e.answer) for e in examples if e.answer is not None]
-    golds = [p.answer for p in problems]
+    golds = [p.answer for p in load_problems(settings.data_dir / "validation.jsonl")]
     pairs += [(f"</think> <answer> {a} </answer>", b) for a, b in itertools.pairwise(golds)]
-    pairs = pairs[:number]
+    responses, answers = map(list, zip(*pairs[:number], strict=True))
     stop_workers()
     begin = time.perf_counter()
-    rewards = grade_many(*map(list, zip(*pairs, strict=True)))
+    rewards = grade_many(responses, answers)
     seconds = time.perf_counter() - begin
     stop_workers()
-    correct = int(sum(reward["reward"] for reward in rewards))
-    cores = len(os.sched_getaffinity(0))
-    return {"problems": len(pairs), "seconds": seconds, "correct": correct, "device": f"{cores} CPU cores"}
+    device = f"{len(os.sched_getaffinity(0))} CPU cores"
+    correct = sum(reward["reward"] == 1 for reward in rewards)
+    counts = {"problems": len(rewards), "problems_per_second": len(rewards) / seconds, "correct": correct}
+    return counts | {"seconds": seconds, "device": device}
 
 
 def measure_fixed_lengths(settings: Settings) -> None:
     """vLLM on a GPU that it shares with the policy, `generate` on the same prompts, and grading."""
     tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
-    prompts, examples, _ = questions(settings, tokenizer)
-    longest = max(map(len, prompts)) + settings.new_tokens
-    try:
-        with Engines(settings, longest) as started:
-            attempt(settings, VLLM, lambda: vllm_row(settings, prompts, started))
-            attempt(settings, SYNC, lambda: sync_row(model, started))
-    except engines.EngineError as error:
-        reason = error
-        for variant in (VLLM, SYNC):
-            attempt(settings, variant, partial(_raise, reason))
-    del model
-    attempt(settings, GENERATE, lambda: generate_row(settings, tokenizer, prompts[: settings.generate_problems]))
-    problems = load_problems(settings.data_dir / "validation.jsonl")
-    attempt(settings, GRADING, lambda: grading_row(examples, problems))
+    prompts, _, examples = questions(settings, tokenizer)
+    place = {"longest": max(map(len, prompts)) + settings.new_tokens, "memory": 0.5}
 
-    def start_again() -> dict:
-        with Engines(settings, longest) as started:
-            return {"seconds": started.start_seconds}
+    def with_engine(measure: Callable[[Engine], dict]) -> dict:
+        with started(settings, **place) as (engine, seconds):
+            return {"start_seconds": seconds} | measure(engine)
 
-    attempt(settings, WARM, start_again)
-
-
-def _raise(error: Exception):
-    raise error
+    attempt(settings, rows.VLLM, lambda: with_engine(lambda engine: vllm_row(settings, prompts, engine)))
+    attempt(settings, rows.SYNC, lambda: with_engine(lambda engine: sync_row(model, engine)))  # a second, warm start
+    model.to("cpu")
+    few = prompts[: settings.generate_problems]
+    attempt(settings, rows.GENERATE, lambda: generate_row(settings, tokenizer, few))
+    attempt(settings, rows.GRADING, lambda: grading_row(settings, examples))
 
 
 # --- Real lengths ----------------------------------------------------------------------------------------------------
 
-# temperature, number of engines, options of `init_vllm`
+DECODINGS = {"sampled": 1.0, "greedy": 0.0}
+# What is tried: options of `init_vllm`, and the decodings that go to the engines in one call.
 LENGTHS = {
-    ONE: (1.0, 1, {}),
-    GREEDY: (0.0, 1, {}),
-    NO_CACHE: (1.0, 1, {"enable_prefix_caching": False}),
-    THREE: (1.0, 3, {"enable_prefix_caching": False}),
+    rows.ONE: ({"engines": 1}, ["sampled"]),
+    rows.CACHE: ({"engines": 1, "enable_prefix_caching": True}, ["sampled"]),
+    rows.THREE: ({"engines": 3}, ["sampled"]),
+    rows.BOTH: ({"engines": 3}, ["sampled", "greedy"]),
 }
 
 
 def measure_real_lengths(settings: Settings) -> None:
-    """Responses as long as a run's: up to the stop string or `max_new_tokens`; engines with the GPU for themselves."""
-    from vllm import SamplingParams
+    """Evaluations as a run makes them: up to the stop string or `max_new_tokens`, on a GPU that trains nothing."""
+    settings = replace(settings, model=settings.trained or settings.model)
+    prompts, problems, _ = questions(settings, policy.load_tokenizer(settings.model))
+    place = {"longest": max(map(len, prompts)) + settings.max_new_tokens, "memory": 0.85}
 
-    prompts, _, problems = questions(settings, policy.load_tokenizer(settings.model))
-    longest = max(map(len, prompts)) + settings.max_new_tokens
+    def row(options: dict, decodings: list[str]) -> dict:
+        samplings = {name: Sampling(DECODINGS[name], 1.0, settings.max_new_tokens) for name in decodings}
+        with started(settings, **place, **options) as (engine, seconds):
+            row = {"problems": len(problems), "start_seconds": seconds}
+            with load(row, settings.device, engine.processes):
+                evaluations = evaluate(engine, problems, prompts, samplings, settings.seed)
+        records = [record for evaluation in evaluations.values() for record in evaluation.records]
+        tokens = sum(record["tokens"] for record in records)
+        return row | {
+            "problems_per_second": len(problems) / row["seconds"],
+            "tokens_per_second": tokens / row["seconds"],
+            "mean_tokens": tokens / len(records),
+            "cut_off": statistics.mean(record["finish_reason"] == "length" for record in records),
+            "accuracy": statistics.mean(record["correct"] for record in evaluations[decodings[0]].records),
+        }
 
-    def row(temperature: float, count: int, options: dict) -> dict:
-        ending = {"stop": [engines.STOP], "include_stop_str_in_output": True}
-        sampling = SamplingParams(temperature=temperature, max_tokens=settings.max_new_tokens, **ending)
-        with Engines(settings, longest, count, memory=0.8, **options) as started:
-            outputs, row = started.answer(settings, prompts, sampling)
-        cut = sum(output.finish_reason == "length" for output in outputs)
-        golds = [problem.answer for first in range(count) for problem in problems[first::count]]  # as they were dealt
-        rewards = grade_many([output.text for output in outputs], golds)
-        correct = sum(reward["reward"] == 1 for reward in rewards)
-        return row | {"cut_off": cut / len(outputs), "accuracy": correct / len(outputs)}
-
-    for variant, way in LENGTHS.items():
-        attempt(settings, variant, partial(row, *way))
+    for variant, (options, decodings) in LENGTHS.items():
+        attempt(settings, variant, partial(row, options, decodings))

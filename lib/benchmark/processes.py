@@ -11,36 +11,36 @@ from pathlib import Path
 
 import torch
 
-from lib.benchmark.rows import VARIANTS, read_rows, versions
-from lib.environment import device_name
+from lib.benchmark.rows import VARIANTS, read_rows
+from lib.environment import describe_environment
 from lib.files import PROJECT_ROOT, UserError, append_lines
 
 LANES = (("ours", "memory", "trl"), ("evaluation", "lengths"))  # what goes onto one GPU each, where there are two
-SHORTEST = 15  # seconds below which a part is not started any more
 
 
 def machine() -> str:
     """Devices and versions in a few lines."""
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     lines = [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus] or ["no NVIDIA GPU"]
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return "\n".join([*lines, f"{device_name('cpu')}, {len(os.sched_getaffinity(0))} cores", packages])
+    environment = describe_environment("cpu", "cpu")
+    packages = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return "\n".join([*lines, f"{environment['train_device_name']}, {environment['cpu_count']} cores", packages])
 
 
-def run_parts(parts: list[str], folder: Path, settings: dict, limits: dict[str, int], time_limit: float) -> dict:
+def run_parts(parts: list[str], folder: Path, settings: dict, limits: dict[str, int]) -> dict[str, float]:
     """Run parts and return the seconds each took. Two GPUs work at the same time.
 
-    `limits`: seconds that each part may take; `time_limit`: all of them together. Other parts' rows in the folder stay.
+    `limits`: seconds that each part may take. Other parts' rows in the folder stay.
     """
     if unknown := set(parts) - set(VARIANTS):
         raise UserError(f"parts: {', '.join(sorted(unknown))} unknown; there are {', '.join(VARIANTS)}")
     folder.mkdir(parents=True, exist_ok=True)
-    end, seconds, gpus = time.monotonic() + time_limit, {}, visible_gpus()
+    seconds, gpus = {}, visible_gpus()
 
     def work(lane: tuple[str, ...], gpu: str) -> None:
         for part in lane:
             if part in parts:
-                seconds[part] = run_part(part, folder, settings, min(limits[part], end - time.monotonic()), gpu)
+                seconds[part] = run_part(part, folder, settings, limits[part], gpu)
 
     lanes = zip(LANES, gpus, strict=False) if len(gpus) > 1 else [(LANES[0] + LANES[1], gpus[0])]
     with ThreadPoolExecutor() as pool:
@@ -64,21 +64,18 @@ def run_part(part: str, folder: Path, settings: dict, limit: float, gpu: str) ->
     command = [sys.executable, "-m", "lib.benchmark", part, "--out", str(out.resolve())]
     for name, value in settings.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    reason = "no time was left for it"
-    if limit > SHORTEST:
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"}
-        with open(log, "w", encoding="utf-8") as printed:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": printed, "stderr": subprocess.STDOUT}
-            process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, start_new_session=True, **streams)
-            try:
-                process.wait(limit)
-                reason = f"its process ended with status {process.returncode} (see {log.name})"
-            except subprocess.TimeoutExpired:
-                reason = f"not measured within {limit:.0f} s"
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its group: engines and workers too
-                process.wait()
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"}
+    with open(log, "w", encoding="utf-8") as printed:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": printed, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, start_new_session=True, **streams)
+        try:
+            reason = f"its process ended with status {process.wait(limit)} (see {log.name})"
+        except subprocess.TimeoutExpired:
+            reason = f"not measured within {limit:g} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its group: engines and workers too
+            process.wait()
     done = {row["variant"] for row in read_rows(folder) if row["part"] == part}
     missing = [variant for variant in VARIANTS[part] if variant not in done]
     append_lines(out, [{"part": part, "variant": variant, "error": reason} for variant in missing])

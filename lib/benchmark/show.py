@@ -1,27 +1,19 @@
 """The benchmark's tables and figure, made of the rows that its parts left."""
 
+import math
+from functools import partial
+
 import pandas as pd
 
-from lib.benchmark.rows import (
-    FILLED,
-    FULL,
-    GENERATE,
-    GRADING,
-    NAIVE,
-    NO_SHARING,
-    ONE,
-    PLAIN,
-    SYNC,
-    THREE,
-    TRL,
-    VLLM,
-    WARM,
-    measured,
-)
+from lib.benchmark import rows as names
 from lib.report import figures
 
 WHO = {"ours": "ours", "memory": "ours, limited", "trl": "TRL", "cpu": "ours, CPU"}
-SECONDS = {SYNC: "a sync (median of 5)", WARM: "engine start"}
+
+
+def measured(rows: list[dict], part: str) -> dict[str, dict]:
+    """The rows of a part that did not fail, by variant."""
+    return {row["variant"]: row for row in rows if row["part"] == part and "error" not in row}
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -32,97 +24,74 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{value * 100:.1f} %"
 
 
-def list_training(rows: list[dict], parts: tuple[str, ...] = ("ours", "trl")) -> pd.DataFrame:
-    """A line a variant; one that failed says why."""
+# Columns of the tables: key of a row, heading, how it is written.
+TRAINING = {
+    "tokens_per_second": ("tokens/s", number),
+    "lowest": ("slowest step", number),
+    "highest": ("fastest step", number),
+    "seconds_per_step": ("s a step", lambda value: number(value, 3)),
+    "utilisation": ("utilisation", share),
+    "peak_gb": ("peak GB", lambda value: number(value, 1)),
+    "mean_loss": ("mean loss", lambda value: number(value, 4)),
+    "examples_at_once": ("examples at once", number),
+}
+EVALUATION = {
+    "problems": ("problems", number),
+    "seconds": ("seconds", lambda value: number(value, 2)),
+    "problems_per_second": ("problems/s", lambda value: number(value, 1)),
+    "tokens_per_second": ("tokens/s", number),
+    "mean_tokens": ("tokens a response", number),
+    "cut_off": ("cut off", share),
+    "accuracy": ("accuracy", share),
+    "gpu_busy": ("GPU busy", share),
+    "own_cores": ("own cores busy", lambda value: number(value, 1)),
+    "engine_cores": ("engine's cores busy", lambda value: number(value, 1)),
+    "start_seconds": ("engine start, s", lambda value: number(value, 1)),
+}
+
+
+def tabulate(rows: list[dict], parts: tuple[str, ...], columns: dict) -> pd.DataFrame:
+    """A line a variant; one that failed says why, and a column that no variant fills is left out."""
     lines = []
     for row in (row for row in rows if row["part"] in parts):
-        size = row.get("examples_at_once")
-        line = {"": WHO[row["part"]], "variant": row["variant"] + (f", {size} at once" if size else "")}
-        if "error" in row:
-            line["tokens/s"] = f"failed: {row['error']}"
-        else:
-            line |= {
-                "tokens/s": number(row["tokens_per_second"]),
-                "lowest to highest": f"{number(row['lowest'])} to {number(row['highest'])}",
-                "s a step": number(row["seconds_per_step"], 3),
-                "utilisation, examples' tokens": share(row["utilisation"]),
-                "utilisation, tokens computed": share(row["utilisation_computed"]),
-                "peak GB": number(row["peak_gb"], 1),
-                "mean loss": number(row["mean_loss"], 4),
-                "device": row["device"],
-            }
-        lines.append(line)
-    return pd.DataFrame(lines).fillna("")
-
-
-def list_evaluation(rows: list[dict], part: str) -> pd.DataFrame:
-    """A line a variant; one that failed says why."""
-    lines = []
-    for row in (row for row in rows if row["part"] == part):
-        line = {"variant": row["variant"], "problems": row.get("problems", "")}
-        if "error" in row:
-            lines.append(line | {"seconds": f"failed: {row['error']}"})
-            continue
-        what = SECONDS.get(row["variant"], "")
-        line |= {"seconds": f"{row['seconds']:.2f} {what}".strip()}
-        if "problems_per_second" in row:
-            line["problems/s"] = number(row["problems_per_second"], 1)
-        if "tokens_per_second" in row:
-            line |= {"tokens/s": number(row["tokens_per_second"]), "tokens a response": number(row["mean_tokens"])}
-        if "accuracy" in row:
-            line |= {"cut off": share(row["cut_off"]), "accuracy": share(row["accuracy"])}
-        if "gpu_busy" in row:
-            line["GPU busy"] = share(row["gpu_busy"])
-        if "own_cores" in row:
-            line |= {"own cores": number(row["own_cores"], 1), "engine's cores": number(row["engine_cores"], 1)}
-        if "start_seconds" in row:
-            line["engine start"] = f"{row['start_seconds']:.1f} s"
-        lines.append(line | {"device": row["device"]})
-    return pd.DataFrame(lines).fillna("")
+        line = {"": WHO.get(row["part"], ""), "variant": row["variant"]}
+        line |= {heading: write(row[key]) for key, (heading, write) in columns.items() if key in row}
+        lines.append(line | ({"failed": row["error"]} if "error" in row else {"device": row["device"]}))
+    order = ["", "variant", *(heading for heading, _ in columns.values()), "device", "failed"]
+    frame = pd.DataFrame(lines).fillna("")
+    return frame[[name for name in order if name in frame and frame[name].any()]]
 
 
 def compare_with_goals(rows: list[dict]) -> pd.DataFrame:
-    """What was to be reached and what was measured, met or missed; only what was measured has a line."""
-    ours, trl, cpu = (measured(rows, part) for part in ("ours", "trl", "cpu"))
-    fixed, real = measured(rows, "evaluation"), measured(rows, "lengths")
-    full, unshared, filled = ours.get(FULL), ours.get(NO_SHARING), ours.get(FILLED)
-    vllm, grading, lines = fixed.get(VLLM), fixed.get(GRADING), []
+    """What was to be reached and what was measured, met or missed; what was not measured has no line."""
 
-    def line(what: str, *needed, value, goal: float | None = None, least: bool = True, digits: int = 2) -> None:
-        if not all(needed):
-            return
-        reached = value()
-        if reached is None:
-            return
-        met = "" if goal is None else "met" if (reached >= goal if least else reached <= goal) else "missed"
-        bound = "" if goal is None else f"{'at least' if least else 'at most'} {goal:,g}"
-        lines.append({"what": what, "measured": number(reached, digits), "goal": bound, "": met})
+    def value(part: str, variant: str, key: str = "tokens_per_second") -> float:
+        found = measured(rows, part).get(variant, {}).get(key)
+        return math.nan if found is None else found
 
-    def ratio(one: dict, other: dict, key: str = "tokens_per_second") -> float:
-        return one[key] / other[key]
-
-    line("training, tokens/s", full, value=lambda: full["tokens_per_second"], goal=65_000, digits=0)
-    line("without the shared preamble", unshared, value=lambda: unshared["tokens_per_second"], goal=55_000, digits=0)
-    line("peak with full microbatches, GB", filled, value=lambda: filled["peak_gb"], goal=45, least=False)
-    fastest = max(trl.values(), key=lambda row: row["tokens_per_second"], default=None)
-    line("times TRL at its fastest", full, fastest, value=lambda: ratio(full, fastest), goal=1.3)
-    line("times the naive loop", full, ours.get(NAIVE), value=lambda: ratio(full, ours[NAIVE]))
-    same = [row for row in [*ours.values(), *trl.values()] if row["variant"] != FILLED]
-    gap = "largest difference of mean losses on the same batches"
-    line(gap, full, fastest, value=lambda: max(abs(row["mean_loss"] - full["mean_loss"]) for row in same), digits=4)
-    line(
-        "times the naive loop, CPU", *(cpu.get(v) for v in (PLAIN, NAIVE)), value=lambda: ratio(cpu[PLAIN], cpu[NAIVE])
-    )
-    peer, rate = fixed.get(GENERATE), "problems_per_second"
-    line(
-        "times generate with batches of 256, fixed lengths", vllm, peer, value=lambda: ratio(vllm, peer, rate), goal=10
-    )
-    for variant, goal in ((ONE, None), (THREE, 25)):
-        row, what = real.get(variant), f"5000 problems at real lengths, {variant}, s"
-        line(what, row, value=lambda row=row: 5000 / row[rate], goal=goal, least=False, digits=1)
-    per_5000 = "5000 answers graded, s"
-    line(per_5000, grading, value=lambda: 5000 * grading["seconds"] / grading["problems"], goal=10, least=False)
-    line("engine start, again, s", fixed.get(WARM), value=lambda: fixed[WARM]["seconds"], goal=16, least=False)
+    full, fixed, rate = value("ours", names.FULL), partial(value, "evaluation"), "problems_per_second"
+    trl = max((row["tokens_per_second"] for row in measured(rows, "trl").values()), default=math.nan)
+    goals = [  # what, measured, at least, at most
+        ("training: tokens/s", full, 65_000, None),
+        ("without the shared preamble: tokens/s", value("ours", names.NO_SHARING), 55_000, None),
+        ("utilisation without it", value("ours", names.NO_SHARING, "utilisation"), 0.45, None),
+        ("peak GB with full microbatches", value("ours", names.FILLED, "peak_gb"), None, 45),
+        ("times the tokens/s of TRL at its fastest", full / trl, 1.3, None),
+        ("times the tokens/s of the naive loop", full / value("ours", names.NAIVE), None, None),
+        ("the same on a CPU", value("cpu", names.PLAIN) / value("cpu", names.NAIVE), None, None),
+        ("times the problems/s of generate", fixed(names.VLLM, rate) / fixed(names.GENERATE, rate), 10, None),
+        ("5000 problems at real lengths: s", 5000 / value("lengths", names.THREE, rate), None, 25),
+        ("5000 problems, both decodings: s", 5000 / value("lengths", names.BOTH, rate), None, 40),
+        ("5000 answers graded: s", 5000 / fixed(names.GRADING, rate), None, 10),
+        ("second start of an engine: s", fixed(names.SYNC, "start_seconds"), None, 16),
+    ]
+    lines = []
+    for what, found, least, most in goals:
+        if not math.isnan(found):
+            bound = f"at least {least:,g}" if least else f"at most {most:,g}" if most else ""
+            met = "met" if (least or 0) <= found <= (most or math.inf) else "missed"
+            lines.append({"what": what, "measured": number(found, 0 if found >= 1000 else 2), "goal": bound})
+            lines[-1]["reached"] = met if bound else ""
     return pd.DataFrame(lines)
 
 
@@ -132,13 +101,11 @@ def draw_speeds(rows: list[dict]):
     seen = [*measured(rows, "ours").values(), *measured(rows, "trl").values()]
     figure, (axes,) = figures.canvas(0.9 + 0.36 * max(1, len(seen)))
     for place, row in enumerate(reversed(seen)):
-        ours = row["part"] == "ours"
-        colour = figures.GREY if not ours else figures.shade("full" if row["variant"] == FULL else "n256")
-        rate = row["tokens_per_second"]
-        axes.barh(place, rate, color=colour, height=0.72)
-        axes.hlines(place, row["lowest"], row["highest"], color="black", linewidth=1.2)
-        end = max(rate, row["highest"]), place
-        axes.annotate(f"{rate:,.0f}", end, (5, 0), textcoords="offset points", va="center")
+        shade = figures.shade("full" if row["variant"] == names.FULL else "n256")
+        rate, end = row["tokens_per_second"], row["highest"]
+        axes.barh(place, rate, color=shade if row["part"] == "ours" else figures.GREY, height=0.72)
+        axes.hlines(place, row["lowest"], end, color="black", linewidth=1.2)
+        axes.annotate(f"{rate:,.0f}", (end, place), (5, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(seen)), [f"{WHO[row['part']]}: {row['variant']}" for row in reversed(seen)])
     figures.bare_bars(axes)
     axes.set_xlabel("examples' tokens a second (line: slowest to fastest step)")

@@ -1,10 +1,8 @@
 """How fast a training step is: ours and what each part of it is worth, TRL's, under a limit of memory, on a CPU.
 
-Utilisation is model FLOPs over what the GPU's tensor cores could do in that time (dense bf16). Counted twice:
-of the examples' tokens   6 x parameters a token, padding left out, plus attention; the usual number. A preamble that is
-                          computed once counts as often as it occurs, so sharing it raises this number.
-of the tokens computed    what was really multiplied: each token of a microbatch once, padding included, and the
-                          vocabulary's projection only where it was made. Sharing and padding can't flatter it.
+Utilisation is model FLOPs over what the GPU's tensor cores could do in that time (dense bf16): 6 x parameters for each
+token of the examples, padding left out, and attention. A preamble that is computed once counts as often as it occurs,
+so sharing it raises this number without keeping the device busier.
 """
 
 import itertools
@@ -15,114 +13,57 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import AttentionInterface, AutoModelForCausalLM, TrainerCallback
 
-from lib.benchmark.rows import (
-    EAGER,
-    FILLED,
-    FULL,
-    LIGER,
-    MEMORY,
-    NAIVE,
-    NO_SHARING,
-    PLAIN,
-    TRL,
-    VARIANTS,
-    Settings,
-    attempt,
-    free_memory,
-)
+from lib.benchmark import rows
+from lib.benchmark.rows import Settings, attempt, free_memory
 from lib.data import distinct, load_examples
 from lib.environment import device_name
-from lib.settings import PROFILES
+from lib.settings import PROFILES, Optimization
 from lib.training import attention, policy
 from lib.training.batching import Microbatch, Sequence, encode, make_batches, make_microbatches
 from lib.training.reference import get_response_log_probs, pad_and_shift, sft_microbatch_train_step
 from lib.training.steps import learning_rates, make_optimizer, train_steps
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # FLOP/s of dense bf16 matrix products
-RATE, CLIP, PRECISION = 1e-5, 1.0, "bf16"
+RATE, CLIP, PRECISION = 1e-5, 1.0, "bf16"  # of everyone's training
 
 
 # --- Counting --------------------------------------------------------------------------------------------------------
 
 
-class Shape(NamedTuple):
-    """What the arithmetic of a model depends on; `projection`: weights between last states and vocabulary."""
-
-    parameters: int
-    projection: int
-    tied: bool
-    layers: int
-    width: int  # of all attention heads together
-
-
-def shape_of(model: torch.nn.Module) -> Shape:
+def example_flops(model: torch.nn.Module, lengths: list[int]) -> float:
+    """Model FLOPs of examples with these lengths, forward and backward, as if every token were computed."""
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    parameters = sum(p.numel() for p in model.parameters())
-    projection = config.vocab_size * config.hidden_size
-    tied = bool(config.tie_word_embeddings)
-    return Shape(parameters, projection, tied, config.num_hidden_layers, head * config.num_attention_heads)
-
-
-def example_flops(shape: Shape, lengths: list[int]) -> float:
-    """Model FLOPs of examples with these lengths, forward and backward, as if every token were computed."""
+    width = head * config.num_attention_heads
     attended = sum(length**2 for length in lengths) / 2  # causal: half of all pairs
-    return 6 * shape.parameters * sum(lengths) + 12 * shape.layers * shape.width * attended
-
-
-def computed_flops(shape: Shape, tokens: int, predictions: int, attended: float) -> float:
-    """FLOPs of what was computed: `tokens` through the layers, `predictions` onto the vocabulary, `attended` pairs."""
-    layers = shape.parameters - shape.projection * (1 if shape.tied else 2)  # looking up an embedding costs nothing
-    return 6 * (layers * tokens + shape.projection * predictions) + 12 * shape.layers * shape.width * attended
-
-
-def packed_flops(shape: Shape, batch: list[Sequence], microbatch_tokens: int, share_prefix: bool) -> float:
-    total = 0.0
-    for microbatch in make_microbatches(batch, microbatch_tokens, share_prefix):
-        queries, keys = (t.diff().double() for t in (microbatch.packing.query_starts, microbatch.packing.key_starts))
-        attended = float((queries * (keys - queries) + queries**2 / 2).sum())
-        total += computed_flops(shape, microbatch.input_ids.numel(), microbatch.labels.numel(), attended)
-    return total
-
-
-def padded_flops(shape: Shape, batch: list[Sequence], size: int, full_logits: bool) -> float:
-    total = 0.0
-    for part in (batch[start : start + size] for start in range(0, len(batch), size)):
-        longest = max(len(s.token_ids) for s in part)
-        predictions = len(part) * longest if full_logits else sum(s.response_length for s in part)
-        total += computed_flops(shape, len(part) * longest, predictions, len(part) * longest**2 / 2)
-    return total
+    parameters = sum(p.numel() for p in model.parameters())
+    return 6 * parameters * sum(lengths) + 12 * config.num_hidden_layers * width * attended
 
 
 def summarize_steps(
-    steps: list[dict], batches: list[list[Sequence]], shape: Shape, computed: list[float], settings: Settings
+    steps: list[dict], batches: list[list[Sequence]], model: torch.nn.Module, settings: Settings
 ) -> dict:
-    """A row: medians over the steps after the warm-up. `steps`: seconds and loss; `computed`: FLOPs of each."""
-    tokens = [sum(len(s.token_ids) for s in batch) for batch in batches]
-    counted = [example_flops(shape, [len(s.token_ids) for s in batch]) for batch in batches]
-    on_gpu, measured = settings.device != "cpu", slice(settings.warmup_steps, None)
-    seconds = [step["seconds"] for step in steps]
+    """A row of steps (seconds and loss each): medians over those after the warm-up."""
+    on_gpu, rates, used = settings.device != "cpu", [], []
+    for step, batch in list(zip(steps, batches, strict=True))[settings.warmup_steps :]:
+        lengths = [len(sequence.token_ids) for sequence in batch]
+        rates.append(sum(lengths) / step["seconds"])
+        used.append(example_flops(model, lengths) / step["seconds"])
     peak = next((flops for name, flops in PEAK.items() if on_gpu and name in device_name(settings.device)), None)
-
-    def rates(amounts: list[float]) -> list[float]:
-        return [amount / s for amount, s in zip(amounts[measured], seconds[measured], strict=True)]
-
     return {
-        "tokens_per_second": statistics.median(rates(tokens)),
-        "lowest": min(rates(tokens)),
-        "highest": max(rates(tokens)),
-        "utilisation": peak and statistics.median(rates(counted)) / peak,
-        "utilisation_computed": peak and statistics.median(rates(computed)) / peak,
-        "seconds_per_step": statistics.median(seconds[measured]),
+        "tokens_per_second": statistics.median(rates),
+        "lowest": min(rates),
+        "highest": max(rates),
+        "utilisation": peak and statistics.median(used) / peak,
+        "seconds_per_step": statistics.median(step["seconds"] for step in steps[settings.warmup_steps :]),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
         "mean_loss": statistics.mean(step["loss"] for step in steps),
-        "step_seconds": [round(s, 4) for s in seconds],
+        "step_seconds": [round(step["seconds"], 4) for step in steps],
     }
 
 
@@ -146,6 +87,10 @@ def make_benchmark_batches(settings: Settings, tokenizer) -> list[list[Sequence]
     return make_batches(sequences, settings.batch, steps * settings.batch / len(sequences), steps, settings.seed)
 
 
+def optimization(settings: Settings) -> Optimization:
+    return Optimization(RATE, 0.0, 0.0, CLIP, settings.microbatch_tokens, PRECISION, settings.device)
+
+
 def packed_row(
     model: torch.nn.Module,
     batches: list[list[Sequence]],
@@ -154,14 +99,10 @@ def packed_row(
     backward: Callable = policy.backward,
 ) -> dict:
     """Train on packed microbatches, as a run does."""
-    steps = train_steps(
-        model, make_optimizer(model), learning_rates(len(batches), RATE), batches, sum(map(len, batches)),
-        microbatch_tokens=settings.microbatch_tokens, precision=PRECISION, gradient_clip=CLIP,
-        backward=backward, cut=partial(make_microbatches, share_prefix=share_prefix),
-    )  # fmt: skip
-    shape = shape_of(model)
-    computed = [packed_flops(shape, batch, settings.microbatch_tokens, share_prefix) for batch in batches]
-    return summarize_steps(list(steps), batches, shape, computed, settings)
+    cut = partial(make_microbatches, share_prefix=share_prefix)
+    taken = {"n_examples": sum(map(len, batches)), "backward": backward, "cut": cut}
+    steps = train_steps(model, make_optimizer(model), batches, optimization(settings), **taken)
+    return summarize_steps(list(steps), batches, model, settings)
 
 
 def naive_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: Settings, size: int) -> dict:
@@ -188,9 +129,7 @@ def naive_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: S
         if settings.device != "cpu":
             torch.cuda.synchronize()
         steps.append({"seconds": time.perf_counter() - started, "loss": loss})
-    shape = shape_of(model)
-    computed = [padded_flops(shape, batch, size, full_logits=True) for batch in batches]
-    return summarize_steps(steps, batches, shape, computed, settings)
+    return summarize_steps(steps, batches, model, settings)
 
 
 def liger_backward(model, states: torch.Tensor, microbatch: Microbatch, normalize_constant: float, precision: str):
@@ -218,21 +157,21 @@ def measure_ours(settings: Settings) -> None:
     batches = make_benchmark_batches(settings, tokenizer)
     filled = [fill(batches, settings.microbatch_tokens)] * (settings.warmup_steps + 2)
     ways = {
-        NAIVE: lambda: fitting((8, 4, 2), partial(naive_row, model, batches, settings)),
-        EAGER: lambda: packed_row(model, batches, settings, share_prefix=False),
-        FULL: lambda: packed_row(model, batches, settings, share_prefix=True),
-        PLAIN: lambda: packed_row(model, batches, settings, share_prefix=True),
-        NO_SHARING: lambda: packed_row(model, batches, settings, share_prefix=False),
-        LIGER: lambda: packed_row(model, batches, settings, share_prefix=True, backward=liger_backward),
-        FILLED: lambda: packed_row(model, filled, settings, share_prefix=False),
+        rows.NAIVE: lambda: fitting((8, 4, 2), partial(naive_row, model, batches, settings)),
+        rows.EAGER: lambda: packed_row(model, batches, settings, share_prefix=False),
+        rows.FULL: lambda: packed_row(model, batches, settings, share_prefix=True),
+        rows.PLAIN: lambda: packed_row(model, batches, settings, share_prefix=True),
+        rows.NO_SHARING: lambda: packed_row(model, batches, settings, share_prefix=False),
+        rows.LIGER: lambda: packed_row(model, batches, settings, share_prefix=True, backward=liger_backward),
+        rows.FILLED: lambda: packed_row(model, filled, settings, share_prefix=False),
     }
     base = [p.detach().cpu().clone() for p in model.parameters()]
-    for variant in VARIANTS[settings.part]:
+    for variant in rows.VARIANTS[settings.part]:
         model.zero_grad(set_to_none=True)  # of a variant that failed
         with torch.no_grad():
             for parameter, weight in zip(model.parameters(), base, strict=True):
                 parameter.copy_(weight)
-        with torch.compiler.set_stance("force_eager" if variant in (NAIVE, EAGER) else "default"):
+        with torch.compiler.set_stance("force_eager" if variant in (rows.NAIVE, rows.EAGER) else "default"):
             attempt(settings, variant, ways[variant])
 
 
@@ -241,7 +180,7 @@ def measure_memory(settings: Settings) -> None:
     tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
     batches = make_benchmark_batches(settings, tokenizer)
     whole = torch.cuda.get_device_properties(settings.device).total_memory
-    for variant, gigabytes in MEMORY.items():
+    for variant, gigabytes in rows.MEMORY.items():
         model.zero_grad(set_to_none=True)
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole), settings.device)
         attempt(settings, variant, lambda: packed_row(model, batches, settings, share_prefix=True))
@@ -278,7 +217,7 @@ def uneven_attention(module, query, key, value, mask, scaling, cu_seq_lens_q=Non
     return attention.packed_attention(module, query, key, value, mask, scaling, packing=packing)
 
 
-def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], options: dict, size: int) -> dict:
+def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], liger: bool, size: int) -> dict:
     """Train with SFTTrainer on the same batches, `size` examples a forward pass."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -286,12 +225,10 @@ def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], option
 
     AttentionInterface.register("uneven", uneven_attention)
     model = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=torch.float32, attn_implementation=options["attention"], use_safetensors=True
+        settings.model, dtype=torch.float32, attn_implementation="uneven", use_safetensors=True
     )
-    shape, timer = shape_of(model), StepTimer()
-    if not options["padding_free"]:  # what sampling by length gives at best: the same batches, similar lengths together
-        batches = [sorted(batch, key=lambda s: len(s.token_ids)) for batch in batches]
-    if options.get("compiled"):
+    timer = StepTimer()
+    if not liger:
         for layer in model.model.layers:  # as torch_compile=True, which compiles for minutes where this takes seconds
             layer.compile(dynamic=True)
     sequences = [sequence for batch in batches for sequence in batch]
@@ -302,8 +239,8 @@ def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], option
         arguments = SFTConfig(
             output_dir=folder, max_steps=len(batches), per_device_train_batch_size=size,
             gradient_accumulation_steps=settings.batch // size, train_sampling_strategy="sequential",
-            padding_free=options["padding_free"], max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
-            use_liger_kernel=options.get("liger", False), gradient_checkpointing=False, bf16=True,
+            padding_free=True, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+            use_liger_kernel=liger, gradient_checkpointing=False, bf16=True,
             optim="adamw_torch_fused", learning_rate=RATE, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=CLIP,
             lr_scheduler_type="cosine", warmup_steps=0, logging_steps=len(batches), logging_nan_inf_filter=False,
             save_strategy="no", report_to="none", disable_tqdm=True, seed=settings.seed,
@@ -315,15 +252,13 @@ def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], option
         trainer.train()
     loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
     steps = [{"seconds": after - before, "loss": loss} for before, after in itertools.pairwise(timer.moments)]
-    padded = 1 if options["padding_free"] else size
-    computed = [padded_flops(shape, batch, padded, full_logits=False) for batch in batches]
-    return summarize_steps(steps, batches, shape, computed, settings)
+    return summarize_steps(steps, batches, model, settings)
 
 
 def measure_trl(settings: Settings) -> None:
     """Each configuration with the most examples a forward pass that fit."""
     tokenizer = policy.load_tokenizer(settings.model)
     batches = make_benchmark_batches(settings, tokenizer)
-    for variant, options in TRL.items():
-        row = partial(trl_row, settings, tokenizer, batches, options)
+    for variant, liger in rows.TRL.items():
+        row = partial(trl_row, settings, tokenizer, batches, liger)
         attempt(settings, variant, partial(fitting, (32, 16, 8), row))
