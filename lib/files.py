@@ -1,7 +1,10 @@
 """Errors, paths, JSON and JSONL: what every room reads and writes with."""
 
+import contextlib
 import gzip
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -62,3 +65,22 @@ def read_lines(path: Path) -> list[dict]:
         except json.JSONDecodeError as error:
             raise UserError(f"{shorten_path(str(path))}:{number}: not JSON ({error.msg})") from error
     return rows
+
+
+# --- Folders -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well, and is gone when it does not.
+
+    UserError where `folder` holds something already.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{shorten_path(str(folder))} exists and is not an empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        inside = Path(temporary) / folder.name
+        inside.mkdir()
+        yield inside
+        inside.replace(folder)

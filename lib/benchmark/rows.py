@@ -8,7 +8,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,13 +24,41 @@ FILLED, PLAIN = "packed, compiled, full microbatches", "packed, preamble once"
 TRL = {"padding-free, layers compiled": False, "padding-free, Liger": True}
 MEMORY = {f"{size} GB": size for size in (24, 40, 80)}  # what the policy may take of the card
 VLLM, SYNC, GENERATE, GRADING = "vLLM", "weights into the engine", "generate, batch 256", "grading"
-ONE, THREE, BOTH, CACHE = "one engine", "three engines", "three engines, both decodings", "one engine, prefix caching"
+# Engines at real lengths: how many, options of `init_vllm`, the environment, decodings in one call, whether steps are
+# noted. CUDA graphs are recorded for decoding alone where nothing else is said.
+ONE, THREE, BOTH = "one engine", "three engines", "three engines, both decodings"
+SIZES = [*(2**i for i in range(9)), *range(384, 1025, 128), *range(1280, 4097, 256)]  # tokens a step
+PIECES = {"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": SIZES}
+
+
+@dataclass(frozen=True)
+class Way:
+    engines: int = 1
+    options: dict = field(default_factory=dict)
+    environment: dict = field(default_factory=dict)
+    decodings: tuple[str, ...] = ("sampled",)
+    noted: bool = False
+
+
+LENGTHS = {
+    ONE: Way(),
+    "one engine, prefix caching": Way(options={"enable_prefix_caching": True}),
+    "one engine, no asynchronous scheduling": Way(options={"async_scheduling": False}),
+    "one engine, mixed steps recorded": Way(
+        options={"compilation_config": {"mode": 0, **PIECES}}, environment={"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
+    ),
+    "one engine, compiled": Way(options={"compilation_config": {"mode": 3, **PIECES}}),
+    "one engine, steps noted": Way(noted=True),
+    "two engines": Way(engines=2),
+    THREE: Way(engines=3),
+    BOTH: Way(engines=3, decodings=("sampled", "greedy")),
+}
 VARIANTS = {
     "ours": [NAIVE, EAGER, FULL, NO_SHARING, LIGER, FILLED],
     "memory": list(MEMORY),
     "trl": list(TRL),
     "evaluation": [VLLM, SYNC, GENERATE, GRADING],
-    "lengths": [ONE, CACHE, THREE, BOTH],
+    "lengths": list(LENGTHS),
     "cpu": [NAIVE, PLAIN],
 }
 

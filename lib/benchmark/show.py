@@ -49,6 +49,25 @@ EVALUATION = {
     "start_seconds": ("engine start, s", lambda value: number(value, 1)),
 }
 
+PHASES = {
+    "seconds": "seconds",
+    "steps": "steps",
+    "mixed": "of them mixed",
+    "requests": "requests a step",
+    "schedule": "scheduling, s",
+    "execute_model": "launching kernels, s",
+    "sample_tokens": "sampling, s",
+    "result": "waiting for the GPU, s",
+    "update_from_output": "taking in tokens, s",
+    "process_outputs": "text and stop string, s",
+}
+
+
+def tabulate_phases(rows: list[dict]) -> pd.DataFrame:
+    """Where an engine's seconds went: until it was full, while requests waited, and in the tail."""
+    phases = [{"phase": name, **phase} for row in rows for name, phase in row.get("phases", {}).items()]
+    return pd.DataFrame(phases).rename(columns=PHASES).round(1)
+
 
 def tabulate(rows: list[dict], parts: tuple[str, ...], columns: dict) -> pd.DataFrame:
     """A line a variant; one that failed says why, and a column that no variant fills is left out."""
