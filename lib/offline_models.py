@@ -121,7 +121,7 @@ def find_pieces(origin: Origin, wheels: Path | None) -> list[Path | zipfile.Path
         else:
             missing.append(f"{package}=={origin.version}")
     if missing:
-        where = f"in {shorten_path(str(wheels))}" if wheels else "among the installed packages"
+        where = f"in {shorten_path(wheels)}" if wheels else "among the installed packages"
         raise UserError(f"{len(missing)} of {origin.parts} parts are missing {where}: {' '.join(missing)}")
     return pieces
 
@@ -130,7 +130,7 @@ def open_wheel(wheel: Path, data: str) -> zipfile.Path:
     try:
         return zipfile.Path(wheel, data)
     except zipfile.BadZipFile as error:
-        raise UserError(f"{shorten_path(str(wheel))}: not a whole wheel ({error}); download it again") from error
+        raise UserError(f"{shorten_path(wheel)}: not a whole wheel ({error}); download it again") from error
 
 
 def read_pieces(pieces: list[Path | zipfile.Path]) -> Iterator[bytes]:
@@ -228,7 +228,7 @@ def main() -> None:
         save_model(ORIGINS[arguments.model], arguments.folder, arguments.wheels, arguments.gguf)
     except UserError as error:
         parser.error(str(error))
-    print(f"written: {shorten_path(str(arguments.folder))}")
+    print(f"written: {shorten_path(arguments.folder)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Examples, problems and templates: what is read, what is refused, and what 'n examples' means."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 from conftest import mini_rows, write_rows
 
 from lib.data import (
+    Contamination,
     distinct,
+    find_contamination,
     load_evaluation_problems,
     load_examples,
     load_problems,
@@ -171,8 +174,24 @@ def test_a_problem_without_an_answer_is_no_tuning_problem_and_no_validation_prob
 
 @needs_math
 def test_the_tuning_problems_of_math():
+    """7,500, less those of a trace, one without an answer, one that validation has too, and its near duplicates."""
     examples, _ = load_examples(MATH)
-    assert len(load_evaluation_problems(MATH, "tuning", examples)) == 7369
+    validation = load_problems(MATH / "validation.jsonl")
+    tuning = load_evaluation_problems(MATH, "tuning", examples)
+    assert len(tuning) == 7295 and find_contamination(validation, tuning) == Contamination([], [])
+
+
+@needs_math
+def test_the_traces_of_math_are_clean_and_its_two_files_share_problems():
+    """As a second route: the 4 exact ones are pairs that differ in white space, dollar signs and braces only."""
+    examples, _ = load_examples(MATH)
+    validation = load_problems(MATH / "validation.jsonl")
+    assert find_contamination(examples, validation) == Contamination([], [])
+    train = load_problems(MATH / "train.jsonl", may_lack_answers=True)
+    found = find_contamination(train, validation)
+    bare = {re.sub(r"[\s$\\,.{}?]", "", p.problem) for p in train}
+    assert found.exact == [p.id for p in validation if re.sub(r"[\s$\\,.{}?]", "", p.problem) in bare]
+    assert (len(found.exact), len(found.near)) == (4, 68)
 
 
 @needs_math

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lib.benchmark.rows import VARIANTS, read_rows
-from lib.environment import describe_environment
+from lib.benchmark.rows import PEERS, VARIANTS, read_rows
+from lib.environment import device_name, versions
 from lib.files import PROJECT_ROOT, UserError, append_lines
 
 LANES = (("ours", "memory", "trl"), ("evaluation", "lengths"))  # what goes onto one GPU each, where there are two
@@ -22,9 +22,8 @@ def machine() -> str:
     """Devices and versions in a few lines."""
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     lines = [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus] or ["no NVIDIA GPU"]
-    environment = describe_environment("cpu", "cpu")
-    packages = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return "\n".join([*lines, f"{environment['train_device_name']}, {environment['cpu_count']} cores", packages])
+    packages = ", ".join(f"{name} {version}" for name, version in versions(*PEERS).items())
+    return "\n".join([*lines, f"{device_name('cpu')}, {len(os.sched_getaffinity(0))} cores", packages])
 
 
 def run_parts(parts: list[str], folder: Path, settings: dict, limits: dict[str, int]) -> dict[str, float]:

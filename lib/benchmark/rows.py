@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lib.environment import describe_environment
+from lib.environment import device_name, versions
 from lib.files import append_lines, read_lines
 
 NAIVE, EAGER, NO_SHARING = "padded, full logits", "packed", "packed, compiled"
@@ -22,6 +22,7 @@ FILLED, PLAIN = "packed, compiled, full microbatches", "packed, preamble once"
 # TRL 1.16 projects onto the vocabulary at labelled tokens only, in fused chunks; Liger replaces norms, MLP and rotary
 # embeddings in transformers' module, so it comes after what does without.
 TRL = {"padding-free, layers compiled": False, "padding-free, Liger": True}
+PEERS = ("trl", "liger-kernel")
 MEMORY = {f"{size} GB": size for size in (24, 40, 80)}  # what the policy may take of the card
 VLLM, SYNC, GENERATE, GRADING = "vLLM", "weights into the engine", "generate, batch 256", "grading"
 # Engines at real lengths: how many, options of `init_vllm`, the environment, decodings in one call, whether steps are
@@ -87,9 +88,12 @@ class Settings:
 def attempt(settings: Settings, variant: str, measure: Callable[[], dict]) -> None:
     """Append the row of one variant; what goes wrong becomes a row too."""
     free_memory()
-    environment = describe_environment(settings.device, settings.device)
-    row = {"part": settings.part, "variant": variant, "device": environment["train_device_name"]}
-    row |= {name: environment[name] for name in ("versions", "git_commit", "git_dirty")}
+    row = {
+        "part": settings.part,
+        "variant": variant,
+        "device": device_name(settings.device),
+        "versions": versions(*PEERS),
+    }
     started = time.perf_counter()
     try:
         row |= measure()
