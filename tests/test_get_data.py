@@ -17,6 +17,8 @@ from lib import get_data
 from lib.data import load_evaluation_problems, load_examples, load_problems, select_examples
 from lib.files import PROJECT_ROOT
 from lib.grading import r1_zero_reward_fn
+from lib.run.life_cycle import prepare
+from lib.settings import resolve
 
 NAMES = ["Ann", "Bob", "Cem", "Dora", "Eve", "Finn", "Gita", "Hugo", "Ines", "Jan", "Kim", "Lea"]
 THINGS = ["apples", "books", "coins", "drums", "eggs", "forks", "guns of water", "hats", "inks", "jars"]
@@ -89,7 +91,7 @@ MADE = {"gsm8k": gsm8k, "math": lighteval, "garg": garg}
 
 @pytest.mark.parametrize("preset", MADE)
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
-def test_a_file_of_each_preset_becomes_data_that_a_run_reads(preset, kind, tmp_path, monkeypatch, capsys):
+def test_a_file_of_each_preset_becomes_data_that_a_run_reads(preset, kind, parameters, tmp_path, monkeypatch, capsys):
     training = write(tmp_path / f"a.{kind}", [MADE[preset](number) for number in range(60)])
     validation = write(tmp_path / f"b.{kind}", [MADE[preset](number) for number in range(60, 80)])
     folder = tmp_path / "made" / preset
@@ -120,6 +122,25 @@ def test_a_file_of_each_preset_becomes_data_that_a_run_reads(preset, kind, tmp_p
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     assert str(tmp_path) not in (folder / "SOURCE.json").read_text()
     assert "kept for tuning: 6" in capsys.readouterr().out
+    settings = parameters | {"data_dir": str(folder), "max_length": 2048}
+    made = prepare(resolve(settings))
+    assert len(made.problems) == 20 and made.sizes["selected"] == 16
+
+
+def test_gsm8k_from_a_file_to_a_finished_run_by_two_commands(tmp_path, tiny_model):
+    training = write(tmp_path / "a.jsonl", [gsm8k(number) for number in range(60)])
+    data = [sys.executable, "-m", "lib.get_data", "gsm8k", str(tmp_path / "gsm8k"), "--from", str(training)]
+    train = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(tmp_path / "n16.ipynb")]
+    toy = {"n": 16, "profile": "mini", "model": tiny_model, "data_dir": tmp_path / "gsm8k", "runs_dir": tmp_path}
+    toy |= {"max_steps": 2, "n_val": 4, "max_new_tokens": 8, "max_length": 2048, "wandb_mode": "disabled"}
+    for name, value in toy.items():
+        train += ["-p", name, str(value)]
+    environment = os.environ | {"JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter")}
+    for command in (data, train):
+        done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    evaluations = read(tmp_path / "n16" / "evaluations.jsonl")
+    assert evaluations[-1]["n"] in (4, 6) and (tmp_path / "n16" / "summary.json").is_file()
 
 
 def test_gsm8k_traces_are_without_the_calculator_s_notes(tmp_path, monkeypatch):
