@@ -62,7 +62,6 @@ class Run:
     tracker: Tracker | None = None
     policy: torch.nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     engine: engines.Engine | None = None
     seconds: dict = field(default_factory=dict)
     proven: bool = False  # whether an evaluation has recorded its proof of sync
@@ -111,7 +110,7 @@ def _explain(error: BaseException, config: RunConfig) -> RunError | None:
             f"in {folder}; free some space and run the same again: it goes on from its last checkpoint."
         )
     if isinstance(error, torch.OutOfMemoryError):
-        return RunError(out_of_memory(config))
+        return RunError(out_of_memory(config.optimization))
     return None
 
 
@@ -209,16 +208,15 @@ def start(run: Run) -> str:
     except BaseException:
         locks.release(config.run_dir)
         raise
-    torch.manual_seed(config.seed)
     with run.recorded("setup"):
         if config.eval_device != config.train_device:
             run.engine = start_engine(run, run.log_file)  # while the policy is loaded
         with captured(run.log_file):
             run.policy = load_policy(config.model, config.train_device, config.trust_remote_code)
-        run.optimizer, run.scheduler = make_optimizer(run.policy, config, len(run.batches))
+        run.optimizer = make_optimizer(run.policy, config.weight_decay)
         checkpoint.remove_partial(config.run_dir)
         if found is not None:
-            checkpoint.restore(found, run.policy, run.optimizer, run.scheduler, config.train_device)
+            checkpoint.restore(found, run.policy, run.optimizer)
         elif config.checkpoint_interval:
             checkpoint.check_space(config.run_dir, run.policy)
     with run.recorded("engine_start"):
@@ -266,8 +264,8 @@ def train(run: Run) -> Iterator[dict]:
         yield tracker.metrics[-1]
     data = hash_batches(run.batches)
     cost, last = checkpoint.size(run.policy) / checkpoint.BYTES_PER_SECOND, time.perf_counter()
-    models, n = (run.policy, run.optimizer, run.scheduler), run.sizes["selected"]
-    for metrics in train_steps(*models, run.batches, config, n, done):
+    n = run.sizes["selected"]
+    for metrics in train_steps(run.policy, run.optimizer, run.batches, config.optimization, n, done=done):
         tracker.log_train(metrics)
         step = metrics["train_step"]
         if config.checkpoint_interval is None:
@@ -281,7 +279,7 @@ def train(run: Run) -> Iterator[dict]:
             elapsed = time.time() - tracker.started
             state = {"train_step": step, "seconds": run.seconds, "elapsed": elapsed, "data": data}
             try:
-                cost = checkpoint.save(config.run_dir, step, *models, config.train_device, state)
+                cost = checkpoint.save(config.run_dir, step, run.policy, run.optimizer, state)
             except OSError as error:
                 if config.checkpoint_interval is not None or error.errno not in DISK_FULL:
                     raise
@@ -307,7 +305,7 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
     the lines are written once the engine has answered, before it gets other weights.
     """
     finish_evaluation(run)
-    config, random_state = run.config, torch.get_rng_state()
+    config = run.config
     sync = _send_weights(run, prove=config.verify_sync == "always" or not run.proven)
     run.proven = True
     final = position["train_step"] in (0, len(run.batches))
@@ -315,9 +313,7 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
     run.pending = Pending(position, sync, future)
     if config.eval_beside_training and not final:
         return []
-    lines = finish_evaluation(run)
-    torch.set_rng_state(random_state)  # training draws its random numbers as if nothing had been evaluated
-    return lines
+    return finish_evaluation(run)
 
 
 def _send_weights(run: Run, prove: bool) -> dict:

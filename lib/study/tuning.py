@@ -92,8 +92,8 @@ def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> N
 def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> tuple[dict, list[dict]]:
     """The line of one point of the grid, and a record (without its text) for each tuning problem."""
     config, started = run.config, time.perf_counter()
-    optimizer, scheduler = make_optimizer(policy, config, len(run.batches))
-    metrics = list(train_steps(policy, optimizer, scheduler, run.batches, config, run.sizes["selected"]))
+    optimizer = make_optimizer(policy, config.weight_decay)
+    metrics = list(train_steps(policy, optimizer, run.batches, config.optimization, run.sizes["selected"]))
     load_policy_into_vllm_instance(policy, engine)
     prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
     chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]

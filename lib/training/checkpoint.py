@@ -1,8 +1,9 @@
 """Checkpoints of a run: the policy, the optimizer, and where training stood, in one folder that is whole or not there.
 
 `<run>/checkpoints/step-000024/` holds `policy.safetensors` (fp32 master weights), `optimizer.safetensors` (AdamW's
-moments), `random.safetensors` and `state.json`. The order of the data needs no file: it follows from the seed, and a
-hash in `state.json` proves that it is still the same. Only the newest checkpoint is kept.
+moments) and `state.json`. Order of the data and learning rate need no file: they follow from seed and step, and a hash
+in `state.json` proves that the data are still the same. Training draws no random numbers. Only the newest checkpoint is
+kept.
 """
 
 import errno
@@ -35,7 +36,7 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
 
 
-def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, scheduler, device: str, state: dict) -> float:
+def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, state: dict) -> float:
     """Write the checkpoint of `step` and remove older ones; returns the seconds that it took.
 
     It appears under its name only when all of it is on the disk, so that a run killed at any moment leaves a whole
@@ -53,9 +54,7 @@ def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, scheduler
     try:
         _write_tensors(partial / "policy.safetensors", dict(named_weights(policy)))
         _write_tensors(partial / "optimizer.safetensors", tensors)
-        _write_tensors(partial / "random.safetensors", _random_states(device))
-        values = {"param_groups": moments["param_groups"], "scheduler": scheduler.state_dict(), "state": state}
-        write_json(partial / "state.json", values)
+        write_json(partial / "state.json", {"param_groups": moments["param_groups"], "state": state})
         for path in [*partial.iterdir(), partial]:
             _flush(path)
     except BaseException:
@@ -71,8 +70,8 @@ def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, scheduler
     return time.perf_counter() - started
 
 
-def restore(checkpoint: Path, policy: torch.nn.Module, optimizer, scheduler, device: str) -> None:
-    """Put policy, optimizer, scheduler and torch's random generators back to where they were at `save`."""
+def restore(checkpoint: Path, policy: torch.nn.Module, optimizer) -> None:
+    """Put policy and optimizer back to where they were at `save`."""
     weights = load_file(checkpoint / "policy.safetensors")
     own = dict(named_weights(policy))
     if {name: tuple(t.shape) for name, t in own.items()} != {name: tuple(t.shape) for name, t in weights.items()}:
@@ -85,11 +84,6 @@ def restore(checkpoint: Path, policy: torch.nn.Module, optimizer, scheduler, dev
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})
-    scheduler.load_state_dict(values["scheduler"])
-    states = load_file(checkpoint / "random.safetensors")
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and device != "cpu":
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def delete_all(run_dir: Path) -> None:
@@ -126,13 +120,6 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
-
-
-def _random_states(device: str) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device != "cpu":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def _flush(path: Path) -> None:

@@ -79,14 +79,12 @@ def test_overwriting_begins_anew_even_beside_a_kept_checkpoint(settings):
     assert said.startswith("Resumed after step 3")
 
 
-def test_random_states_are_part_of_a_checkpoint(settings, tmp_path):
-    run, _ = run_until(settings, steps=3)
-    models = run.policy, run.optimizer, run.scheduler
-    checkpoint.save(tmp_path, 3, *models, "cpu", {"train_step": 3})
-    expected = torch.rand(4)
+def test_training_draws_no_random_numbers(settings):
+    """So no random state is part of a checkpoint, and nothing that an evaluation draws changes training."""
     torch.manual_seed(99)
-    checkpoint.restore(checkpoint.latest(tmp_path), *models, "cpu")
-    assert torch.equal(torch.rand(4), expected)
+    before = torch.get_rng_state()
+    run_until(settings)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_only_the_newest_whole_checkpoint_is_there(settings):
@@ -94,7 +92,7 @@ def test_only_the_newest_whole_checkpoint_is_there(settings):
     folder = run.config.run_dir / "checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step-000006"]
     assert sorted(p.name for p in (folder / "step-000006").iterdir()) == [
-        *("optimizer.safetensors", "policy.safetensors", "random.safetensors", "state.json")
+        *("optimizer.safetensors", "policy.safetensors", "state.json")
     ]
     (folder / ".partial-000007").mkdir()  # a killed process was writing it
     assert checkpoint.latest(run.config.run_dir).name == "step-000006"
