@@ -27,7 +27,8 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
     config, step = run.config, position["train_step"]
     sync = send_weights(run, prove=config.verify_sync == "always" or not run.proven)
     run.proven = True
-    run.pending = Pending(position, sync, in_background(partial(_answer, run, step)))
+    answers = in_background(partial(answer, run, run.is_final(step), config.seed + step))
+    run.pending = Pending(position, sync, answers)
     return [] if config.eval_beside_training and not run.is_final(step) else finish_evaluation(run)
 
 
@@ -39,13 +40,12 @@ def send_weights(run: Run, prove: bool) -> dict:
         return {"sync": seconds, "proof": prove_sync(run.policy, run.engine, prompts) if prove else None}
 
 
-def _answer(run: Run, step: int) -> dict[str, evaluation.Evaluation]:
-    """Have the engine answer with the weights that it holds, and grade."""
-    final = run.is_final(step)
+def answer(run: Run, final: bool, seed: int) -> dict[str, evaluation.Evaluation]:
+    """Have the engine answer with the weights that it holds, and grade: all problems (`final`), or the subset."""
     chosen = [i for i, p in enumerate(run.problems) if final or p.id in run.subset_ids]
     problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
     samplings = samplings_of(run.config, final)
-    return evaluation.evaluate(run.engine, problems, prompts, samplings, run.config.seed + step)
+    return evaluation.evaluate(run.engine, problems, prompts, samplings, seed)
 
 
 def finish_evaluation(run: Run) -> list[dict]:
