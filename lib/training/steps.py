@@ -7,7 +7,7 @@ and the optimizer, as `train_steps` does for tuning and the benchmark, and `note
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -53,12 +53,12 @@ class Step:
     epoch: float
     waited: float  # seconds since the step before: for evaluations, syncs, checkpoints, drawing
     prepare_next: Callable[[], list[Microbatch]]
-    started: float = field(default_factory=time.perf_counter)
+    started: float
+    ended: float = math.nan
     loss: Tensor | float = 0.0
     entropy: Tensor | float = 0.0
     gradient_norm: float = math.nan
-    following: list[Microbatch] = field(default_factory=list)
-    ended: float = math.nan
+    following: list[Microbatch] | None = None
 
     @property
     def response_tokens(self) -> int:
