@@ -290,13 +290,13 @@ llm.enqueue = slow
 DEAD_ENGINE = """
 from vllm.v1.engine.exceptions import EngineDeadError
 engine = run.engine.replicas[0].server.llm.llm_engine
-step, count = engine.step, 0
+vllm_step, count = engine.step, 0
 def step_until_dead():
     global count
     count += 1
     if count == 150:
         raise EngineDeadError()
-    return step()
+    return vllm_step()
 engine.step = step_until_dead
 """
 
@@ -313,13 +313,13 @@ def test_engine_dies_during_generation(folder, report):
 HUNG_ENGINE = """
 import threading
 engine = run.engine.replicas[0].server.llm.llm_engine
-step, count = engine.step, 0
+vllm_step, count = engine.step, 0
 def step_until_hung():
     global count
     count += 1
     if count == 150:
         threading.Event().wait()  # for ever
-    return step()
+    return vllm_step()
 engine.step = step_until_hung
 """
 
@@ -443,10 +443,10 @@ def test_second_process_on_a_run(folder, report):
 
 FAILED_PART = """
 engine = run.engine.replicas[0].server.llm.llm_engine
-step, failed = engine.step, 0
+vllm_step, failed = engine.step, 0
 def step_with_failures():
     global failed
-    outputs = step()
+    outputs = vllm_step()
     for response in (output.outputs[0] for output in outputs if output.finished):
         if len(run.tracker.metrics) == {step} and response.logprobs is None and failed < 3:
             response.finish_reason, failed = "abort", failed + 1
