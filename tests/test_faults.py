@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from lib.files import PROJECT_ROOT, read_lines
-from lib.report.numbers import load
+from lib.report.load import load
 
 pytestmark = pytest.mark.faults
 NOTEBOOK = PROJECT_ROOT / "notebooks/train.ipynb"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib.evaluation.verdicts import VERDICTS
-from lib.files import PROJECT_ROOT, UserError, absolute, read_json, read_lines, shorten_path
+from lib.files import PROJECT_ROOT, UserError, absolute, first_line, is_finished, read_json, read_lines, shorten_path
 from lib.settings import default_run_name
 
 SIZES = ("n128", "n256", "n512", "n1024", "full", "filtered")
@@ -101,12 +101,11 @@ def is_run(folder: Path) -> bool:
 
 def read_run(folder: Path) -> RunFolder:
     """A run as far as its files go: one that failed at once has no config, an unfinished one no summary."""
-    paths = [folder / f"{name}.json" for name in ("config", "summary", "failed")]
-    config, summary, failed = (read_json(path) if path.is_file() else {} for path in paths)
+    config, summary, failed = (read_json(folder / f"{name}.json") for name in ("config", "summary", "failed"))
     parameters = config.get("parameters", {})
-    finished = summary.get("status") == "finished"
-    status = "finished" if finished else "failed" if failed else "unfinished"
+    status = "finished" if is_finished(folder) else "failed" if failed else "unfinished"
     reason = first_line(f"{failed.get('type', 'Error')}: {failed.get('error', '')}") if status == "failed" else ""
+    reason = reason.replace(f"{PROJECT_ROOT}/", "")
     size = size_of(parameters) if parameters else folder.name.partition("-seed")[0]
     parts = (parameters, config.get("environment", {}), config.get("data", {}), summary)
     return RunFolder(folder.name, size, parameters.get("seed", 0), status, reason, folder, *parts)
@@ -156,12 +155,8 @@ def asked(row: dict) -> int:
 
 def shown_path(path) -> str:
     """A path as the report may show it: relative to the project, or its last part only."""
-    short = shorten_path(str(path))
+    short = shorten_path(path)
     return f"…/{Path(short).name}" if short.startswith(("/", "~", "..")) else short
-
-
-def first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "").replace(f"{PROJECT_ROOT}/", "")
 
 
 # --- Single answers ------------------------------------------------------------------------------------------------

@@ -314,5 +314,4 @@ def flat(settings: dict) -> dict:
 def tuning(study: Study) -> tuple[pd.DataFrame, dict]:
     """The grid of short runs and the choice made from it; empty where the folder has no tuning/."""
     folder = study.folder / "tuning"
-    choice = folder / "choice.json"
-    return pd.DataFrame(read_lines(folder / "tuning.jsonl")), read_json(choice) if choice.is_file() else {}
+    return pd.DataFrame(read_lines(folder / "tuning.jsonl")), read_json(folder / "choice.json")

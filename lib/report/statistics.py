@@ -165,7 +165,7 @@ def split(first: tuple, second: tuple) -> tuple[Estimate, Estimate]:
 
 def holm(p_values: list[float]) -> list[float]:
     """Adjusted for the number of comparisons in a family (Holm, 1979)."""
-    return list(multipletests(p_values, method="holm")[1]) if p_values else []
+    return multipletests(p_values, method="holm")[1].tolist() if p_values else []
 
 
 def trend(cells: pd.DataFrame) -> Estimate | None:
