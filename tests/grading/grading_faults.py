@@ -1,4 +1,4 @@
-"""Ways in which a worker process can fail: this module stands in for `lib.grading.algebra` there (test_grading)."""
+"""Ways in which a worker process can fail: it stands in for `lib.grading.algebra` (test_worker_processes)."""
 
 import os
 import signal
@@ -6,9 +6,8 @@ import time
 
 from lib.grading import algebra
 
-HANG, HANG_IN_C, MEMORY, KILLED, EXIT = "x+11", "x+12", "x+13", "x+14", "x+15"
-
-WAIT = "16+x"
+# Each is equal to a gold answer (x+11, ...), so that it reaches a worker.
+HANG, HANG_IN_C, MEMORY, KILLED, EXIT, WAIT = "11+x", "12+x", "13+x", "14+x", "15+x", "16+x"
 
 
 def are_equal(gold: str, answer: str) -> bool:
