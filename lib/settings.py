@@ -3,80 +3,177 @@
 import ast
 import difflib
 import importlib.util
-import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from lib.environment import count_gpus
 from lib.files import PROJECT_ROOT, UserError, absolute, shorten_path
+from lib.model_files import check_model
 
 DATA_FILES = ("sft.jsonl", "train.jsonl", "validation.jsonl")
 MATH_DATA_DIR = Path("/data/a5-alignment/MATH")  # where the course's machines keep it
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """All settings of one run, none of them left open. The notebook's parameters cell explains each."""
+class Optimization:
+    """The settings that a training step depends on."""
 
-    n: int | str
-    filtered: bool
-    profile: str
-    model: str
-    data_dir: str
-    prompt_template: str | None
-    trust_remote_code: bool
-    seed: int
     learning_rate: float
-    batch_size: int
-    microbatch_tokens: int
-    epochs: float
-    max_steps: int | None
     warmup_ratio: float
     weight_decay: float
     gradient_clip: float
-    max_length: int
+    microbatch_tokens: int
     precision: str
-    eval_split: str
-    n_val: int
-    n_val_final: int | None
-    eval_interval: int | None
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    greedy: str
-    eval_beside_training: bool
-    log_generations: int
-    verify_sync: str
     train_device: str
-    eval_device: str
-    gpu_memory_utilization: float
-    engine_timeout: float
-    runs_dir: str
-    run_name: str
-    overwrite: bool
-    resume: bool
-    checkpoint_interval: int | None
-    keep_checkpoint: bool
-    keep_model: bool
-    wandb_mode: str
-    wandb_project: str
+
+
+def is_folder_name(model: str) -> bool:
+    """Whether `model` names a folder, and not a model of the hub."""
+    return model.startswith((".", "/", "~")) or absolute(model).is_dir()
+
+
+def _plain_name(name: str) -> str:
+    if Path(name).name != name or name == ".." or "\0" in name:
+        raise ValueError("must be a plain folder name")
+    return name
+
+
+def _as_given(number: float, check):
+    """An integer serves as a float and stays one: 5 epochs are written as 5."""
+    check(number)
+    return number
+
+
+def parameter(default, meaning: str):
+    """A field of `RunConfig`: the default and the comment of its line in the notebook's parameters cell."""
+    return Field(default, description=meaning)
+
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0), WrapValidator(_as_given)]
+NotNegative = Annotated[float, Field(ge=0), WrapValidator(_as_given)]
+Share = Annotated[float, Field(gt=0, le=1), WrapValidator(_as_given)]
+FolderPath = Annotated[str, AfterValidator(lambda text: str(absolute(text)))]
+Model = Annotated[str, AfterValidator(lambda text: str(absolute(text)) if is_folder_name(text) else text)]
+
+
+class RunConfig(BaseModel):
+    """All settings of one run: name, type, bounds, the notebook's default, and the meaning.
+
+    A resolved configuration has no None where its type doesn't allow it: `resolve` replaces the notebook's None.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="forbid")
+
+    n: Count | Literal["all"] = parameter(256, 'distinct training examples: an integer, or "all"')
+    filtered: bool = parameter(False, "draw only from examples whose response is graded correct")
+    profile: Literal["auto", "math", "mini"] = parameter(
+        "auto", '"math", "mini", or "auto": math where an NVIDIA GPU and the course\'s data are there'
+    )
+    model: Model = parameter(None, "hub id or folder of a causal language model (safetensors)")
+    revision: str | None = parameter(None, "branch, tag or commit of a hub model; None: the newest")
+    data_dir: FolderPath = parameter(None, "folder with sft.jsonl, train.jsonl, validation.jsonl")
+    prompt_template: FolderPath | None = parameter(
+        None, "file with {question} in it; None: the one of lib/prompts that the data was made with"
+    )
+    trust_remote_code: bool = parameter(False, "allow a model's own Python code to run")
+    seed: CountOrZero = parameter(0, "subset, order of examples, sampling")
+
+    learning_rate: Positive = parameter(None, "peak of AdamW's learning rate")
+    batch_size: Count = parameter(None, "examples an optimizer step")
+    microbatch_tokens: Count = parameter(None, "tokens a forward pass, at most; changes memory and speed, not results")
+    epochs: Positive = parameter(None, "passes over the training set; fractions are fine")
+    max_steps: Count | None = parameter(None, "stop after so many optimizer steps; None: no limit")
+    warmup_ratio: Annotated[NotNegative, Field(le=1)] = parameter(
+        0.03, "share of the steps with a rising learning rate, before cosine decay to 0"
+    )
+    weight_decay: NotNegative = parameter(0.0, "AdamW's decoupled weight decay")
+    gradient_clip: Positive = parameter(1.0, "largest norm of the gradient")
+    max_length: Count = parameter(None, "tokens of prompt and response; longer examples are an error")
+    precision: Literal["bf16", "fp32"] = parameter(
+        "bf16", '"bf16": autocast over fp32 master weights; "fp32": nothing else'
+    )
+
+    eval_split: Literal["validation", "tuning"] = parameter(
+        "validation", '"validation", or "tuning": problems of train.jsonl that no trace is about'
+    )
+    exclude_contaminated: bool = parameter(False, "leave out problems that have a near duplicate among the traces")
+    n_val: Count = parameter(None, "problems evaluated while training, stratified by subject and level")
+    n_val_final: Count | None = parameter(None, "problems evaluated at the start and the end; None: all")
+    eval_interval: Count | None = parameter(None, "optimizer steps between evaluations; None: five evaluations a run")
+    samples_per_problem: Count = parameter(1, "sampled responses a problem at the start and the end")
+    temperature: NotNegative = parameter(1.0, "of sampling")
+    top_p: Share = parameter(1.0, "of sampling")
+    max_new_tokens: Count = parameter(None, "longest response")
+    greedy: Literal["never", "final", "always"] = parameter(
+        "final", 'also decode greedily: "never", "final" (start and end), "always"'
+    )
+    eval_beside_training: bool = parameter(
+        None, "go on training while the engine answers; None: if it has a GPU of its own"
+    )
+    log_generations: CountOrZero = parameter(6, "responses kept with token entropy, and shown below")
+    verify_sync: Literal["first", "always"] = parameter(
+        "always", 'prove that the engine holds the policy\'s weights: "first" sync only, or "always"'
+    )
+
+    train_device: str = parameter(None, '"cuda:0", "cpu"; None: the first GPU, or the CPU')
+    eval_device: str = parameter(None, '"cuda:1", ...; None: the second GPU, or the training device')
+    gpu_memory_utilization: Share | None = parameter(
+        None, "share of the engine's GPU that it takes; None: planned beside what the policy needs"
+    )
+    engines: Count | None = parameter(
+        None, "vLLM engines on that GPU; None: 3 where they have it alone and there are cores, else 1"
+    )
+    engine_timeout: Positive = parameter(
+        600, "seconds without a finished response after which the engine counts as hung"
+    )
+
+    runs_dir: FolderPath = parameter(None, "where the run's folder goes; None: runs/ of the project")
+    run_name: Annotated[str, AfterValidator(_plain_name)] = parameter(
+        None, "folder name; None: n256, full, filtered, with -seed1 and so on"
+    )
+    overwrite: bool = parameter(False, "replace a finished run of this name")
+    resume: bool = parameter(True, "go on with a stopped run of this name from its last checkpoint")
+    checkpoint_interval: CountOrZero | None = parameter(
+        None, "optimizer steps between checkpoints, 0 for none; None: at evaluations, as time allows"
+    )
+    keep_checkpoint: bool = parameter(False, "keep the last checkpoint of a finished run")
+    keep_model: bool = parameter(False, "save the trained model in the run's folder")
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = parameter(
+        "auto", '"online", "offline", "disabled"; "auto": online if logged in, otherwise offline'
+    )
+    wandb_project: str = parameter("sft-math", "wandb project")
+
+    @model_validator(mode="after")
+    def _check_sizes(self):
+        if self.n_val_final is not None and self.n_val_final < self.n_val:
+            raise ValueError(f"n_val_final={self.n_val_final}: must not be less than n_val={self.n_val}")
+        return self
 
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.run_name
 
+    @property
+    def optimization(self) -> Optimization:
+        return Optimization(**{field.name: getattr(self, field.name) for field in fields(Optimization)})
+
     def to_dict(self) -> dict:
         """Settings as JSON-ready values; paths inside the project are written relative to its root."""
-        return {k: shorten_path(v) if isinstance(v, str) else v for k, v in asdict(self).items()}
+        return {name: shorten_path(v) if isinstance(v, str) else v for name, v in self.model_dump().items()}
 
 
-PARAMETERS = tuple(field.name for field in fields(RunConfig))
+PARAMETERS = tuple(RunConfig.model_fields)
 # Where and how a run is made, not what it is: its numbers do not depend on these.
 INCIDENTAL = {
     *("runs_dir", "run_name", "overwrite", "resume", "checkpoint_interval", "keep_checkpoint", "keep_model"),
     *("microbatch_tokens", "trust_remote_code", "log_generations", "verify_sync", "wandb_mode", "wandb_project"),
-    *("train_device", "eval_device", "gpu_memory_utilization", "engine_timeout", "eval_beside_training"),
+    *("train_device", "eval_device", "gpu_memory_utilization", "engines", "engine_timeout", "eval_beside_training"),
 }
 
 
@@ -127,21 +224,46 @@ def resolve(namespace: Mapping) -> RunConfig:
         raise UserError(f"parameters missing from the notebook's parameters cell: {', '.join(missing)}")
     values = {name: namespace[name] for name in PARAMETERS}
     _choose_profile(values)
-    for name, default in PROFILES[values["profile"]].items():
-        if values[name] is None:
-            values[name] = default
-    _check_values(values)
-    values["data_dir"] = str(absolute(values["data_dir"]))
-    values["runs_dir"] = str(absolute(values["runs_dir"] or PROJECT_ROOT / "runs"))
-    if _looks_like_folder(values["model"]):
-        values["model"] = str(absolute(values["model"]))
+    values["runs_dir"] = values["runs_dir"] or str(PROJECT_ROOT / "runs")
     values["run_name"] = values["run_name"] or default_run_name(values["n"], values["filtered"], values["seed"])
     _choose_devices(values)
-    config = RunConfig(**values)
+    try:
+        config = RunConfig(**values)
+    except ValidationError as error:
+        raise UserError(_in_words(error)) from None
     _check_data_dir(config)
-    _check_model(config)
+    if config.revision is not None and Path(config.model).is_absolute():
+        raise UserError(f"revision={config.revision!r}: only a hub model has revisions, and model is a folder")
+    check_model(config.model, config.revision, config.trust_remote_code)
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("eval_device: vLLM is not installed in this environment; `make run` sets it up (see README)")
     check_run_dir(config)
     return config
+
+
+WORDS = {
+    "Input should be": "must be",
+    "greater than or equal to": "at least",
+    "greater than": "above",
+    "less than or equal to": "at most",
+    "a valid ": "a ",
+    "a integer": "an integer",
+    "Value error, ": "",
+}
+
+
+def _in_words(error: ValidationError) -> str:
+    """The first wrong parameter and what it must be, in one sentence: `learning_rate=-1: must be above 0`."""
+    found = error.errors(include_url=False)
+    reasons = []
+    for one in found:  # a parameter of two types, an integer or "all", has a reason for each
+        if one["loc"][:1] == found[0]["loc"][:1]:
+            reason = one["msg"]
+            for words, ours in WORDS.items():
+                reason = reason.replace(words, ours)
+            reasons.append(reason)
+    reason = " or ".join([reasons[0], *(r.removeprefix("must be ") for r in reasons[1:])])
+    return f"{found[0]['loc'][0]}={found[0]['input']!r}: {reason}" if found[0]["loc"] else reason
 
 
 def default_run_name(n: int | str, filtered: bool, seed: int) -> str:
@@ -171,66 +293,16 @@ def refuse_unknown_parameters(namespace: Mapping, known: Collection[str]) -> Non
 
 
 def _choose_profile(values: dict) -> None:
-    profile = values["profile"]
-    if profile not in ("auto", *PROFILES):
-        raise UserError(f"profile={profile!r}: must be 'auto', 'math' or 'mini'")
-    if profile == "auto":
-        data_dir = absolute(values["data_dir"] or MATH_DATA_DIR)
-        has_data = all((data_dir / name).is_file() for name in DATA_FILES)
+    """Decide "auto", and put the profile's value wherever a parameter is None."""
+    if values["profile"] == "auto":
+        data_dir = values["data_dir"] or MATH_DATA_DIR
+        has_data = isinstance(data_dir, str | Path) and all(
+            (absolute(data_dir) / name).is_file() for name in DATA_FILES
+        )
         values["profile"] = "math" if has_data and count_gpus() > 0 else "mini"
-
-
-def _check_values(values: dict) -> None:
-    n = values["n"]
-    if n != "all" and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise UserError(f"n={n!r}: must be a positive integer or 'all'")
-    _check_type(values, bool, "filtered", "trust_remote_code", "overwrite", "resume", "keep_checkpoint", "keep_model")
-    if values["eval_beside_training"] is not None:
-        _check_type(values, bool, "eval_beside_training")
-    _check_type(values, str, "model", "data_dir", "wandb_project")
-    _check_range(values, int, 0, None, "seed", "log_generations")
-    _check_range(values, int, 1, None, "batch_size", "microbatch_tokens", "max_length", "n_val", "max_new_tokens")
-    _check_range(values, int, 1, None, "max_steps", "n_val_final", "eval_interval", optional=True)
-    _check_range(values, int, 0, None, "checkpoint_interval", optional=True)
-    _check_range(values, float, 0, None, "temperature", "weight_decay")
-    _check_range(values, float, 0, None, "learning_rate", "epochs", "gradient_clip", "engine_timeout", above=True)
-    _check_range(values, float, 0, 1, "top_p", "gpu_memory_utilization", above=True)
-    _check_range(values, float, 0, 1, "warmup_ratio")
-    for name, choices in {
-        "precision": ("bf16", "fp32"),
-        "eval_split": ("validation", "tuning"),
-        "greedy": ("never", "final", "always"),
-        "verify_sync": ("first", "always"),
-        "wandb_mode": ("auto", "online", "offline", "disabled"),
-    }.items():
-        if values[name] not in choices:
-            raise UserError(f"{name}={values[name]!r}: must be one of {', '.join(map(repr, choices))}")
-    if values["run_name"] is not None and (
-        not isinstance(values["run_name"], str) or Path(values["run_name"]).name != values["run_name"]
-    ):
-        raise UserError(f"run_name={values['run_name']!r}: must be a plain folder name")
-    if values["n_val_final"] is not None and values["n_val_final"] < values["n_val"]:
-        raise UserError(f"n_val_final={values['n_val_final']}: must not be less than n_val={values['n_val']}")
-
-
-def _check_type(values: dict, kind: type, *names: str) -> None:
-    for name in names:
-        if not isinstance(values[name], kind):
-            raise UserError(f"{name}={values[name]!r}: must be of type {kind.__name__}")
-
-
-def _check_range(values: dict, kind: type, low, high, *names: str, above: bool = False, optional: bool = False) -> None:
-    """Numbers within [low, high], or (low, high] with `above`; an integer serves as a float."""
-    for name in names:
-        value = values[name]
-        if optional and value is None:
-            continue
-        allowed = (int, float) if kind is float else int
-        if isinstance(value, bool) or not isinstance(value, allowed):
-            raise UserError(f"{name}={value!r}: must be a number of type {kind.__name__}")
-        if not (value > low if above else value >= low) or (high is not None and value > high) or value == float("inf"):
-            bound = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high is not None else "")
-            raise UserError(f"{name}={value!r}: must be {bound}")
+    if values["profile"] in list(PROFILES):
+        for name, default in PROFILES[values["profile"]].items():
+            values[name] = default if values[name] is None else values[name]
 
 
 def _choose_devices(values: dict) -> None:
@@ -254,12 +326,6 @@ def _choose_devices(values: dict) -> None:
     values["train_device"], values["eval_device"] = train, evaluate
     if values["eval_beside_training"] is None:
         values["eval_beside_training"] = values["train_device"] != values["eval_device"]
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError("eval_device: vLLM is not installed in this environment; `make run` sets it up (see README)")
-
-
-def _looks_like_folder(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or absolute(model).is_dir()
 
 
 def _check_data_dir(config: RunConfig) -> None:
@@ -271,33 +337,6 @@ def _check_data_dir(config: RunConfig) -> None:
     for name in ("sft.jsonl", "validation.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"data_dir: {shorten_path(str(folder / name))} is missing")
-
-
-def _check_model(config: RunConfig) -> None:
-    if _looks_like_folder(config.model):
-        folder = Path(config.model)
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"model={shorten_path(config.model)!r}: no config.json in this folder, so it is no model folder"
-            )
-        if not any(folder.glob("*.safetensors")):
-            other = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-            reason = "only pickled weights, which are not loaded because they can run code" if other else "no weights"
-            raise UserError(f"model={shorten_path(config.model)!r}: {reason} in this folder (*.safetensors needed)")
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-            raise UserError(f"model={shorten_path(config.model)!r}: no tokenizer in this folder")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tqdm wants ipywidgets in a notebook; no bar of its is ever shown
-        from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        hint = ""
-        if "trust_remote_code" in str(error):
-            hint = " (its code would run here: set trust_remote_code=True if you trust it)"
-        raise UserError(f"model={shorten_path(config.model)!r}: can't be loaded: {reason}{hint}") from error
 
 
 def check_run_dir(config: RunConfig) -> None:

@@ -5,14 +5,14 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lib.evaluation import engine as engines
 from lib.evaluation.evaluate import evaluate, summarize
-from lib.files import UserError, read_lines, shorten_path, write_json
+from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
+from lib.files import UserError, read_lines, shorten_path, write_json, write_lines
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.report.numbers import told_apart
@@ -39,13 +39,15 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
         if not values or not all(isinstance(value, kind) and value > 0 for value in values):
             hint = " (YAML takes 1e-5 for a text: write 1.0e-5)" if kind is float else ""
             raise UserError(f"{name}={values!r}: must be a list of positive numbers of type {kind.__name__}{hint}")
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "records").mkdir(parents=True, exist_ok=True)
     path, log_file = folder / "tuning.jsonl", folder / "run.log"
     rows = read_lines(path)
     _refuse_other_settings(rows, config, path)
     done = {(row["learning_rate"], row["batch_size"]): row for row in rows}
     grid = list(itertools.product(learning_rates, batch_sizes))
-    runs = {point: prepare(replace(config, learning_rate=point[0], batch_size=point[1])) for point in grid}
+    runs = {
+        point: prepare(config.model_copy(update={"learning_rate": point[0], "batch_size": point[1]})) for point in grid
+    }
     yield from (done[point] for point in grid if point in done)
     left = [point for point in grid if point not in done]
     if not left:
@@ -58,7 +60,8 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
     try:
         for point in left:
             policy.load_state_dict(base)
-            row = _train_and_evaluate(policy, engine, runs[point])
+            row, records = _train_and_evaluate(policy, engine, runs[point])
+            write_lines(records_file(folder, row), records)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             yield row
@@ -85,18 +88,20 @@ def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> N
             )
 
 
-def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> dict:
+def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> tuple[dict, list[dict]]:
+    """The line of one point of the grid, and a record (without its text) for each tuning problem."""
     config, started = run.config, time.perf_counter()
     optimizer, scheduler = make_optimizer(policy, config, len(run.batches))
     metrics = list(train_steps(policy, optimizer, scheduler, run.batches, config, run.sizes["selected"]))
-    engines.load_policy_into_vllm_instance(policy, engine)
-    engines.prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
+    load_policy_into_vllm_instance(policy, engine)
+    prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
     chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]
     sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
     problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
-    summary = summarize(evaluate(engine, problems, prompts, sampling, config.seed).records)
+    records = evaluate(engine, problems, prompts, {"sampled": sampling}, config.seed)["sampled"].records
+    summary = summarize(records)
     last = metrics[-max(1, len(metrics) // 10) :]
-    return {
+    row = {
         "learning_rate": config.learning_rate,
         "batch_size": config.batch_size,
         "epochs": config.epochs,
@@ -107,6 +112,13 @@ def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) ->
         "seed": config.seed,
         "settings": _settings(config),
     }
+    kept = ("id", "correct", "format", "verdict", "tokens")
+    return row, [{key: record[key] for key in kept} for record in records]
+
+
+def records_file(folder: Path, row: dict) -> Path:
+    """Where the records of a point are: points are compared on the same problems."""
+    return folder / "records" / f"{row['learning_rate']:g}-{row['batch_size']}.jsonl.gz"
 
 
 def choose(rows: list[dict], folder: Path) -> dict:
