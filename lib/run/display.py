@@ -21,22 +21,20 @@ SHARE_OF_TIME = 0.01  # that drawing may take: training waits for it
 def banner(run: Run) -> Styler:
     """What was resolved, before anything is loaded: model, data, devices, sizes, versions, commit."""
     config, sizes, environment = run.config, run.sizes, run.environment
-    found = sizes["contamination"]
-    graded = "{correct_form} in the right form, {correct} correct" if sizes["correct"] is not None else "not graded"
+    traces = "{rows} rows, {distinct} distinct"
+    traces += "" if sizes["correct"] is None else ", {correct_form} in the right form, {correct} correct"
     rows = {
         "profile": f"{config.profile} ({MINI})" if config.profile == "mini" else config.profile,
         "model": shorten_path(config.model),
         "data": shorten_path(config.data_dir),
-        "traces": ("{rows} rows, {distinct} distinct, " + graded).format(**sizes),
-        "training set": "{selected} examples about {selected_problems} problems".format(**sizes),
-        "training": f"{sizes['train_steps']} steps of {config.batch_size} examples, {config.epochs:g} epochs, learning "
-        f"rate {config.learning_rate:g}, {config.precision} over fp32 weights",
-        "evaluation": f"{sizes['validation_subset']} problems of {config.eval_split} while training, "
-        f"{sizes['validation']} at the end; T = {config.temperature}, top-p {config.top_p}, "
-        f"at most {config.max_new_tokens} new tokens",
-        "duplicates of traces": f"{found['exact']} exact, {found['near']} near"
-        + (", left out" if found["excluded"] else ""),
+        "traces": traces.format(**sizes),
+        "training set": "{selected} traces about {selected_problems} problems".format(**sizes),
         "prompt template": sizes["template"],
+        "training": f"{sizes['train_steps']} steps of {config.batch_size} examples, {config.epochs:g} epochs, "
+        f"learning rate {config.learning_rate:g}, {config.precision} over fp32 weights",
+        "evaluation": f"{sizes['validation_subset']} problems while training, {sizes['validation']} at the end, "
+        f"T = {config.temperature}, at most {config.max_new_tokens} tokens",
+        "duplicates of traces": "{exact} exact, {near} near, left out: {excluded}".format(**sizes["contamination"]),
         "training device": f"{config.train_device} ({environment['train_device_name']})",
         "vLLM's device": f"{config.eval_device} ({environment['eval_device_name']})",
         "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
@@ -131,10 +129,7 @@ class LiveView:
 
 
 def evaluation_table(lines: list[dict]) -> pd.DataFrame:
-    """One row an evaluation: how many problems, accuracy with its 95 % interval, and where the others went.
-
-    'lenient' forgives the form and takes an answer wherever it can be read: a diagnostic, never part of accuracy.
-    """
+    """One row an evaluation: how many problems, accuracy with its 95 % interval, and where the others went."""
     rows = []
     for line in lines:
         failed = line.get("failed")
@@ -191,14 +186,11 @@ def _as_text(table: pd.DataFrame) -> Styler:
 
 def closing(run: Run, summary: dict) -> Styler:
     """Seconds of each part, speed and memory of training, and where the run's files are."""
-    names = {"total": "total", "setup": "setup", "engine_start": "engine start", "train": "training", "sync": "syncs"}
-    names |= {"evaluate": "evaluations", "base_evaluation": "zero-shot evaluation (part of evaluations)"}
-    seconds = summary["seconds"]
-    rows = {f"{words}, seconds": f"{seconds[part]:.0f}" for part, words in names.items() if part in seconds}
+    rows = {f"seconds: {part.replace('_', ' ')}": f"{took:.0f}" for part, took in summary["seconds"].items()}
     rows |= {
-        "training, tokens a second": f"{summary['train_tokens_per_second']:,.0f}",
-        "training waited": f"{summary['train_wait_share']:.1%} of its time",
-        "training, peak memory": f"{summary['peak_train_memory_bytes'] / 2**30:.1f} GiB",
+        "training: tokens a second": f"{summary['train_tokens_per_second']:,.0f}",
+        "training: waited": f"{summary['train_wait_share']:.1%} of its time",
+        "training: peak memory": f"{summary['peak_train_memory_bytes'] / 2**30:.1f} GiB",
         "files": shorten_path(run.config.run_dir),
         "copy": run.tracker.wandb.note,
     }

@@ -19,8 +19,8 @@ def evaluation_due(run: Run, step: int) -> bool:
 def evaluate_policy(run: Run, position: dict) -> list[dict]:
     """Send the policy's weights to the engine, prove that they arrived, evaluate, and log.
 
-    `position` holds `train_step`, `epoch` and `examples_seen`. Returns the lines written to `evaluations.jsonl`; none
-    yet with `eval_beside_training`, where training goes on and they are written once the engine has answered.
+    Returns the lines written to `evaluations.jsonl`; none yet with `eval_beside_training`, where training goes on and
+    `finish_evaluation` writes them. `position` holds `train_step`, `epoch` and `examples_seen`.
     """
     finish_evaluation(run)
     config, step = run.config, position["train_step"]
@@ -58,7 +58,8 @@ def finish_evaluation(run: Run) -> list[dict]:
         parts = []
         for decoding, result in answers.result().items():
             if final or not run.config.eval_beside_training:  # otherwise the policy has other weights by now
-                _note_entropies(run, result)
+                shown = [i for i, r in enumerate(result.records) if r["id"] in run.shown_ids and r["sample"] == 0]
+                evaluation.log_generations(run.policy, result, shown, run.config.train_device, run.config.precision)
             line = {key: position[key] for key in ("train_step", "epoch", "examples_seen")} | {"decoding": decoding}
             line |= asdict(samplings_of(run.config, final)[decoding])
             line |= {"seconds": {"sync": sync["sync"], **result.seconds}, "sync_proof": sync["proof"]}
@@ -70,16 +71,10 @@ def finish_evaluation(run: Run) -> list[dict]:
         failed = max(line["failed"] for line in lines)
         if failed and final:
             raise RunError(
-                f"{failed} of {len(parts[0][1])} responses of the evaluation at step {step} failed in the engine; it does not "
-                "count. Run the same again: it is repeated from the last checkpoint"
+                f"{failed} of {len(parts[0][1])} responses of the evaluation at step {step} failed in the engine; it "
+                "does not count. Run the same again: it is repeated from the last checkpoint"
             )
     return lines
-
-
-def _note_entropies(run: Run, result: evaluation.Evaluation) -> None:
-    """Token entropy of the responses that are shown."""
-    shown = [i for i, record in enumerate(result.records) if record["id"] in run.shown_ids and record["sample"] == 0]
-    evaluation.log_generations(run.policy, result, shown, run.config.train_device, run.config.precision)
 
 
 def final_evaluation(run: Run) -> dict:

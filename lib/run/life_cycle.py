@@ -15,7 +15,7 @@ from lib.run import lock as locks
 from lib.run.evaluations import evaluate_policy, evaluation_due, final_evaluation, finish_evaluation
 from lib.run.prepare import start_engine
 from lib.run.resume import hash_batches, read_past
-from lib.run.run import DISK_FULL, Run, end
+from lib.run.run import DISK_FULL, Run
 from lib.run.tracker import Tracker
 from lib.settings import check_run_dir
 from lib.training import checkpoint
@@ -30,7 +30,7 @@ def start(run: Run) -> str:
     """
     config, past = run.config, None
     locks.hold(config.run_dir, f"run_name={config.run_name!r}:")
-    try:
+    with run.recorded("setup"):
         check_run_dir(config)  # again: another process may have finished the run meanwhile
         finished = (config.run_dir / "summary.json").exists()  # and to be replaced, whatever checkpoint it kept
         found = checkpoint.latest(config.run_dir) if config.resume and not finished else None
@@ -39,10 +39,6 @@ def start(run: Run) -> str:
             run.seconds.update(past["seconds"])
         quiet_libraries(run.log_file)
         run.tracker = Tracker(config, run.environment, run.sizes, past)
-    except BaseException as error:
-        end(run, error)
-        raise
-    with run.recorded("setup"):
         if config.eval_device != config.train_device:
             run.engine = start_engine(run, run.log_file)  # goes on while the policy is loaded
         with captured(run.log_file):

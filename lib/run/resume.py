@@ -1,13 +1,11 @@
 """What a stopped run left: which of it counts, and whether this run may go on with it."""
 
-import hashlib
 import itertools
-import json
 import time
 from pathlib import Path
 
 from lib.files import UserError, read_json, read_lines, shorten_path
-from lib.run.run import samplings_of
+from lib.run.run import hash_of, samplings_of
 from lib.settings import RunConfig, changed_settings
 from lib.training import checkpoint
 from lib.training.batching import Sequence
@@ -43,9 +41,6 @@ def read_past(config: RunConfig, batches: list[list[Sequence]], found: Path) -> 
 
 
 def hash_batches(batches: list[list[Sequence]]) -> str:
-    """SHA-256 of the tokens that the run trains on, in their order."""
-    digest = hashlib.sha256()
-    for sequence in {s.id: s for batch in batches for s in batch}.values():
-        digest.update(json.dumps([sequence.id, sequence.prompt_length, sequence.token_ids]).encode())
-    digest.update(json.dumps([[s.id for s in batch] for batch in batches]).encode())
-    return digest.hexdigest()
+    """The tokens that the run trains on, and their order."""
+    sequences = {s.id: (s.prompt_length, s.token_ids) for batch in batches for s in batch}
+    return hash_of([sequences, [[s.id for s in batch] for batch in batches]])

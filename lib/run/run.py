@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import time
 from concurrent.futures import Future
@@ -73,11 +75,11 @@ class Run:
         try:
             yield
         except BaseException as error:
-            explained = explain(error, self.config)
-            end(self, explained or error)
-            if explained is not None:
-                raise explained from error
-            raise
+            explained = _explain(error, self.config)
+            end(self, explained)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
@@ -91,24 +93,24 @@ def samplings_of(config: RunConfig, final: bool) -> dict[str, Sampling]:
     return samplings
 
 
-def explain(error: BaseException, config: RunConfig) -> RunError | None:
+def hash_of(value: object) -> str:
+    """SHA-256 of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _explain(error: BaseException, config: RunConfig) -> BaseException:
     """A sentence for the errors of a machine at its limits, which say nothing about this run by themselves."""
-    folder = shorten_path(config.run_dir)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = shorten_path(error.filename or config.run_dir)
         return RunError(
-            f"the disk is full ({error.strerror}: {shorten_path(error.filename or folder)}). What was measured is "
-            f"in {folder}; free some space and run the same again: it goes on from its last checkpoint."
+            f"the disk is full ({error.strerror}: {where}). Free some space and run the same again: it goes on from its "
+            "last checkpoint."
         )
-    if isinstance(error, torch.OutOfMemoryError):
-        return RunError(out_of_memory(config.optimization))
-    return None
+    return RunError(out_of_memory(config.optimization)) if isinstance(error, torch.OutOfMemoryError) else error
 
 
 def end(run: Run, error: BaseException) -> None:
-    """Shut down what the run started, note the error in its folder, and give the folder back.
-
-    What goes wrong here is logged, because the user needs the error that came before.
-    """
+    """Shut down what the run started, note the error, and give the folder back; errors of this are only logged."""
     steps = [
         *(replica.close for replica in run.replicas),
         lambda: run.engine and shutdown(run.engine),

@@ -46,8 +46,7 @@ class Tracker:
         self.wandb.log({name if name == "train_step" else f"train/{name}": value for name, value in metrics.items()})
 
     def log_evaluation(self, parts: list[tuple[dict, list[dict] | None]]) -> list[dict]:
-        """Write the (summary, records) of one evaluation: records to files of their own, summaries to
-        `evaluations.jsonl` all at once and to eval/*. Returns the lines written.
+        """Write an evaluation's (summary, records): the lines of `evaluations.jsonl` all at once, which it returns.
 
         Without records a summary comes from another run, and its `records` already names the file there.
         """

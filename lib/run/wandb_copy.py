@@ -52,28 +52,25 @@ class WandbCopy:
             self.run.define_metric(metrics, step_metric=axis)
 
     def log(self, values: dict) -> None:
-        if self.run is None:
-            return
         try:
-            self.run.log(values)
+            if self.run is not None:
+                self.run.log(values)
         except Exception as error:
             self.run, self.note = None, f"wandb: stopped ({first_line(error)})"
 
     def finish(self, exit_code: int) -> None:
         """Close the run, but wait only so long: unreachable, wandb would go on trying for days."""
-        if self.run is None:
-            return
-        close, self.run = self.run.finish, None
-        late = f"no end after {PATIENCE_AT_END} s; `wandb sync` can send the rest"
-        if problem := _problem(PATIENCE_AT_END, lambda: close(exit_code=exit_code), late):
-            self.note = f"wandb: not finished ({problem})"
+        if self.run is not None:
+            close, late = self.run.finish, f"no end after {PATIENCE_AT_END} s; `wandb sync` can send the rest"
+            if problem := _problem(PATIENCE_AT_END, lambda: close(exit_code=exit_code), late):
+                self.note = f"wandb: not finished ({problem})"
+        self.run = None
 
 
 def choose_mode(asked: str) -> tuple[str, str]:
-    """Online, offline or disabled, and why, if not by the parameter `asked`; decided before wandb starts anything.
+    """Online, offline or disabled, and why, if not by the parameter `asked`.
 
-    "auto" obeys WANDB_DISABLED, WANDB_MODE and wandb's settings file. Without a key or a server that answers a run is
-    kept offline: after a failed start that would wait for wandb's time-outs.
+    "auto" obeys WANDB_DISABLED, WANDB_MODE and wandb's settings file. Without a key or a server a run is kept offline.
     """
     said = os.environ.get("WANDB_MODE", "").strip()
     if said:  # wandb reads it too, and raises on spellings that it does not know
@@ -97,9 +94,8 @@ def choose_mode(asked: str) -> tuple[str, str]:
         return "offline", first_line(error)
     if not logged_in:
         return "offline", "not logged in"
-    if problem := unreachable(settings.base_url):
-        return "offline", f"{settings.base_url}: {problem}"
-    return "online", why
+    problem = unreachable(settings.base_url)
+    return ("offline", f"{settings.base_url}: {problem}") if problem else ("online", why)
 
 
 def unreachable(server: str) -> str:

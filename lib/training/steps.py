@@ -117,10 +117,7 @@ def steps(batches, settings: Optimization, n_examples: int, done: int = 0, cut=m
 
 
 def train_steps(policy, optimizer, batches, settings: Optimization, n_examples: int, *, backward=backward, **how):
-    """Take all `steps` (`how`: its other arguments), and yield the metrics of each; `backward` may be another's.
-
-    Raises `TrainingError` for a loss that is not finite, and for a GPU that is out of memory.
-    """
+    """Take all `steps` (`how`: its other arguments), and yield the metrics of each; `backward` may be another's."""
     for step in steps(batches, settings, n_examples, **how):
         try:
             for microbatch in step.microbatches:
