@@ -103,8 +103,8 @@ def _explain(error: BaseException, config: RunConfig) -> BaseException:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         where = shorten_path(error.filename or config.run_dir)
         return RunError(
-            f"the disk is full ({error.strerror}: {where}). Free some space and run the same again: it goes on from its "
-            "last checkpoint."
+            f"the disk is full ({error.strerror}: {where}). Free some space and run the same again: it goes on from "
+            "its last checkpoint."
         )
     return RunError(out_of_memory(config.optimization)) if isinstance(error, torch.OutOfMemoryError) else error
 
