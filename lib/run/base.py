@@ -19,14 +19,14 @@ def evaluate_base(run: Run) -> tuple[list[dict], str]:
     """
     if measured := [line for line in run.tracker.evaluations if line["train_step"] == 0]:
         return measured, "Taken from the stopped run that this one goes on with."
-    settings = _settings(run)
-    folder = Path(run.config.runs_dir) / f"base-{hash_of(settings)[:12]}"
-    if (folder / "settings.json").exists() and (stored := read_lines(folder / "evaluations.jsonl")):
-        elsewhere = {"reused_from": folder.name}
-        parts = [(line | elsewhere | {"records": f"../{folder.name}/{line['records']}"}, None) for line in stored]
-        lines = run.tracker.log_evaluation(parts)
-        by = read_json(folder / "settings.json")["measured_by"]
-        return lines, f"Reused from {shorten_path(folder)}, measured by run {by}."
+    with run.recorded("base"):
+        settings = _settings(run)
+        folder = Path(run.config.runs_dir) / f"base-{hash_of(settings)[:12]}"
+        if (folder / "settings.json").exists() and (stored := read_lines(folder / "evaluations.jsonl")):
+            elsewhere = {"reused_from": folder.name}
+            parts = [(line | elsewhere | {"records": f"../{folder.name}/{line['records']}"}, None) for line in stored]
+            by = read_json(folder / "settings.json")["measured_by"]
+            return run.tracker.log_evaluation(parts), f"Reused from {shorten_path(folder)}, measured by run {by}."
     with run.recorded("base_evaluation"):
         lines = evaluate_policy(run, POSITION)
         _keep(run, folder, settings, lines)

@@ -8,9 +8,9 @@ import pandas as pd
 from IPython.display import HTML, display
 from pandas.io.formats.style import Styler
 
-from lib.data import Problem
 from lib.evaluation.verdicts import VERDICT_WORDS
 from lib.files import shorten_path
+from lib.grading import r1_zero_reward_fn
 from lib.run.run import Run
 from lib.settings import PROFILES
 
@@ -71,10 +71,12 @@ def length_histogram(run: Run) -> plt.Figure:
     return axes.figure
 
 
-def graded_answer(run: Run, record: dict, problem: Problem, reward: dict) -> Styler:
-    """One response as a record has it, and what the grader says of it."""
-    gold = {"gold answer": problem.answer} if _is_generated(run) else {}
-    rows = {"problem": problem.id, "response": _shorten(record["response"]), **gold, **reward}
+def graded_answer(run: Run, record: dict) -> Styler:
+    """One response as a record has it, and what the course's reward says of it."""
+    gold = next(problem.answer for problem in run.problems if problem.id == record["id"])
+    rows = {"problem": record["id"], "response": _shorten(record["response"])}
+    rows |= {"gold answer": gold} if _is_generated(run) else {}
+    rows |= r1_zero_reward_fn(record["response"], gold)
     return _as_text(pd.Series(rows, name="").to_frame())
 
 

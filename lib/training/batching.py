@@ -153,8 +153,8 @@ def pack(sequences: list[Sequence], prefix: int = 0) -> Microbatch:
     return Microbatch(*row, torch.tensor(response_positions), torch.tensor(labels), make_packing(prefix, lengths))
 
 
-def pad(sequences: list[Sequence], pad_token_id: int) -> dict[str, Tensor]:
+def pad(sequences: list[Sequence], pad_token_id: int, device: str = "cpu") -> dict[str, Tensor]:
     """The same sequences in the course's way: `input_ids`, `labels` and `response_mask`, (B, T - 1) each."""
-    ids = [torch.tensor(s.token_ids) for s in sequences]
-    masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in sequences]
+    ids = [torch.tensor(s.token_ids, device=device) for s in sequences]
+    masks = [torch.arange(len(s.token_ids), device=device) >= s.prompt_length for s in sequences]
     return pad_and_shift(ids, masks, pad_token_id)
