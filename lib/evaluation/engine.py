@@ -16,12 +16,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from lib.evaluation.memory import Shape, card_memory, model_shape, plan_share
+from lib.evaluation.memory import Plan, card_memory, model_shape, plan_share
 from lib.evaluation.replica import EngineError, Generation, Replica, Sampling, start_replicas, start_thread
 from lib.logs import captured
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-PRECISION_BYTES = {"bf16": 2, "fp32": 4}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MOST_AT_ONCE = 1024  # responses that the replicas on a GPU generate at a time, all together
 
 
@@ -34,10 +33,8 @@ class Engine:
     train_device: str
     precision: str
     log_file: Path
-    timeout: float
     started: float  # time.perf_counter() of the call that started it
     start_seconds: float | None = None  # once it is ready
-    sleeps: bool = False  # gives its memory back in `rest`
     asleep: bool = False
     senders: list = field(default_factory=list)  # on GPUs: vLLM's weight transfer to each replica
     rounding: float | None = None  # mean difference of log-probabilities in the first proof (nats)
@@ -55,17 +52,20 @@ class Engine:
         return captured(self.log_file) if self.in_process else contextlib.nullcontext()
 
     def ask_all(self, name: str, *arguments) -> list:
-        """What each replica answers to the same call; they work on it side by side."""
-        with self.output_captured():
-            for replica in self.replicas:
-                replica.send(name, *arguments)
-            return [replica.result() for replica in self.replicas]
+        """What each replica answers to the same call."""
+        return self.ask_each(name, [arguments] * len(self.replicas))
+
+    def ask_each(self, name: str, arguments: list[tuple]) -> list:
+        """What each replica answers to a call with arguments of its own; they work side by side."""
+        with self.output_captured(), ThreadPoolExecutor(len(self.replicas)) as threads:
+            calls = [threads.submit(r.call, name, *a) for r, a in zip(self.replicas, arguments, strict=True)]
+            return [call.result() for call in calls]
 
 
 def init_vllm(model: str, device: str, train_device: str, **settings) -> Engine:
-    """Start an engine for `model` on `device`, ready to receive the weights of a policy on `train_device`.
+    """Start an engine for `model` on `device` that can receive the weights of a policy on `train_device`.
 
-    The settings are those of `begin_vllm`. Raises `EngineError` if the engine does not start.
+    As `begin_vllm`, which has the settings, and `wait_until_ready`.
     """
     engine = begin_vllm(model, device, train_device, **settings)
     wait_until_ready(engine)
@@ -86,8 +86,6 @@ def begin_vllm(
     engines: int | None = None,
     replicas: list[Replica] | None = None,
     timeout: float = 600.0,
-    enable_prefix_caching: bool | None = None,
-    sleep: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
     **options,
@@ -97,33 +95,42 @@ def begin_vllm(
     `max_model_len` counts prompt and response tokens. On a GPU `engines` replicas (see `start_replicas`, which may have
     started their processes before: `replicas`) take `gpu_memory_utilization` of its memory together; None: most of
     what is free, less `reserved_bytes` for a policy on the same card. What vLLM prints goes to `log_file`. Later calls
-    raise `EngineError` where a replica gives no sign of life for `timeout` seconds. `sleep`: the engine can give its
-    memory back (`rest`) until it gets new weights. `options` are further settings of vLLM's `LLM`.
+    raise `EngineError` where a replica gives no sign of life for `timeout` seconds. `options` are further settings of
+    vLLM's `LLM`.
     """
     started = time.perf_counter()
     replicas = replicas or start_replicas(device, train_device, engines) or [start_thread()]
-    engine = Engine(replicas, device, train_device, precision, log_file, timeout, started, sleeps=sleep)
+    engine = Engine(replicas, device, train_device, precision, log_file, started)
     settings = {
         "model": model,
         "revision": revision,
         "tokenizer_revision": revision,
-        "dtype": DTYPES[precision],
+        "dtype": str(DTYPES[precision]).removeprefix("torch."),
         "seed": seed,
         "max_model_len": max_model_len,
         # A GPU's engine is faster without, and has no blocks of former weights that could be taken for valid.
-        "enable_prefix_caching": device == "cpu" if enable_prefix_caching is None else enable_prefix_caching,
+        "enable_prefix_caching": device == "cpu",
         "trust_remote_code": trust_remote_code,
         "load_format": "safetensors",  # nothing pickled, which could run code
         "disable_log_stats": True,
     }
     try:
         if device == "cpu":
-            settings |= _cpu_settings()
+            # Nothing compiled and little cache (1 GiB): with nothing to warm up the engine starts in seconds.
+            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 128}
         else:
-            shape = model_shape(model, trust_remote_code, revision)
-            room = {"share": gpu_memory_utilization, "reserved": _still_to_come(reserved_bytes, device, train_device)}
-            settings |= _gpu_settings(device, shape, len(replicas), precision, max_model_len, **room)
-            settings |= {"weight_transfer": "ipc" if device == train_device else "nccl", "enable_sleep_mode": sleep}
+            held = torch.cuda.memory_reserved(device) if device == train_device else 0  # not free any more
+            plan = plan_share(
+                *card_memory(device),
+                model_shape(model, trust_remote_code, revision),
+                share=gpu_memory_utilization,
+                engines=len(replicas),
+                precision_bytes=DTYPES[precision].itemsize,
+                max_model_len=max_model_len,
+                most_at_once=MOST_AT_ONCE // min(len(replicas), 2),
+                reserved=max(0, reserved_bytes - held),
+            )
+            settings |= _gpu_settings(plan) | {"weight_transfer": "ipc" if device == train_device else "nccl"}
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with engine.output_captured():
             for replica in replicas:
@@ -142,9 +149,8 @@ def wait_until_ready(engine: Engine) -> None:
     if engine.start_seconds is not None:
         return
     try:
-        with engine.output_captured():
-            for replica in engine.replicas:
-                replica.result()
+        for replica in engine.replicas:
+            replica.result()
     except BaseException as error:
         shutdown(engine)
         if isinstance(error, EngineError):
@@ -153,25 +159,11 @@ def wait_until_ready(engine: Engine) -> None:
     engine.start_seconds = time.perf_counter() - engine.started
 
 
-def _cpu_settings() -> dict:
-    """Nothing compiled, 1 GiB of key/value cache: with nothing to warm up the engine starts in seconds."""
-    return {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 128}
-
-
-def _still_to_come(reserved_bytes: int, device: str, train_device: str) -> int:
-    """What a policy in this process will take beside what it has: the latter is not free any more."""
-    held = torch.cuda.memory_reserved(device) if device == train_device else 0
-    return max(0, reserved_bytes - held)
-
-
-def _gpu_settings(device: str, shape: Shape, engines: int, precision: str, max_model_len: int, **room) -> dict:
+def _gpu_settings(plan: Plan) -> dict:
     """Settings of each of the replicas on a GPU: its memory, and which steps are recorded as CUDA graphs.
 
     Nothing is compiled: an engine of some minutes would not win that time back.
     """
-    lengths = {"max_model_len": max_model_len, "most_at_once": MOST_AT_ONCE // min(engines, 2)}
-    element = PRECISION_BYTES[precision]
-    plan = plan_share(*card_memory(device), shape, engines=engines, precision_bytes=element, **lengths, **room)
     sizes = [*(2**i for i in range(9)), *range(384, plan.at_once + 1, 128)]
     return {
         "gpu_memory_utilization": plan.share,  # refused at once where so much is not free
@@ -179,7 +171,7 @@ def _gpu_settings(device: str, shape: Shape, engines: int, precision: str, max_m
         "max_num_seqs": plan.at_once,
         "compilation_config": {
             "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_mode": "FULL_AND_PIECEWISE",  # without compiling: see VLLM_USE_BREAKABLE_CUDAGRAPH in replica.py
             "cudagraph_capture_sizes": [size for size in sizes if size <= plan.at_once],
         },
     }
@@ -206,13 +198,9 @@ def answer(
         seeded.append((prompt, sampling, own_seed))
         own_seed += sampling.samples
     count, merged = len(engine.replicas), [None] * len(requests)
-    with engine.output_captured(), ThreadPoolExecutor(count) as threads:
-        calls = [
-            threads.submit(replica.call, "generate", seeded[first::count], seed, log_probs)
-            for first, replica in enumerate(engine.replicas)
-        ]
-        for first, call in enumerate(calls):
-            merged[first::count] = call.result()
+    parts = [(seeded[first::count], seed, log_probs) for first in range(count)]
+    for first, part in enumerate(engine.ask_each("generate", parts)):
+        merged[first::count] = part
     return merged
 
 
@@ -231,10 +219,9 @@ def in_background(call: Callable) -> Future:
 
 
 def rest(engine: Engine) -> None:
-    """Have an engine that `sleeps` give its memory back until it gets new weights; its present ones are lost."""
-    if engine.sleeps and not engine.asleep:
-        engine.ask_all("ask", "sleep", 2)
-        engine.asleep = True
+    """Have an engine with the option `enable_sleep_mode` give its memory back until it gets new weights."""
+    engine.ask_all("ask", "sleep", 2)
+    engine.asleep = True
 
 
 def shutdown(engine: Engine) -> None:
@@ -242,12 +229,8 @@ def shutdown(engine: Engine) -> None:
 
     On the CPU a hung one can't be ended: its thread ends with this process, the notebook's kernel.
     """
-    replicas, engine.replicas = engine.replicas, []
-    if not replicas:
-        return
-    for sender in engine.senders:
-        sender.shutdown()
-    engine.senders = []
+    while engine.senders:
+        engine.senders.pop().shutdown()
     with captured(engine.log_file):
-        for replica in replicas:
-            replica.close()
+        while engine.replicas:
+            engine.replicas.pop().close()

@@ -1,6 +1,6 @@
 """vLLM's side of an engine: what answers the calls of a `replica.Replica`.
 
-`python -m lib.evaluation.worker HANDLE CORES FOR_LIFE` is an engine's process; on the CPU a thread runs a `Server`.
+`python -m lib.evaluation.worker HANDLE CORES` is an engine's process; on the CPU a thread runs a `Server`.
 """
 
 import contextlib
@@ -9,17 +9,15 @@ import importlib
 import os
 import signal
 import sys
-import threading
+import textwrap
 import time
 import traceback
-from collections.abc import Iterable
 from multiprocessing.connection import Connection
 
 from lib.evaluation.replica import Generation, Sampling
 
 STOP = "</answer>"
 SIGN_OF_LIFE = 1.0  # seconds between two of them, as long as responses come in
-LONGEST_REASON = 500  # characters of an error that are told; the log has them all
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 # What vLLM imports only when an engine starts, imported before it is asked for.
 PRELOADED = ("vllm.entrypoints.llm", "vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner")
@@ -31,7 +29,6 @@ class Server:
     def __init__(self, connection: Connection):
         self.connection = connection
         self.llm = None
-        self.weights: Iterable = ()  # (name, tensor) pairs to load
         self.told = 0.0  # time.monotonic() of the latest sign of life
 
     def serve(self) -> None:
@@ -43,10 +40,14 @@ class Server:
                     answer = "result", getattr(self, name)(*arguments)
                 except Exception as error:
                     traceback.print_exc()  # into the log
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())
-                    answer = "error", reason if len(reason) < LONGEST_REASON else reason[:LONGEST_REASON] + " ..."
+                    answer = "error", textwrap.shorten(f"{type(error).__name__}: {error}", 500, placeholder=" ...")
                 self.connection.send(answer)
-        self._stop()
+        if self.llm is not None:
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+            cleanup_dist_env_and_memory()
 
     def start(self, settings: dict, log_file: str | None) -> None:
         """Make the engine. `log_file` takes what this process prints from now on; None leaves that alone."""
@@ -61,12 +62,10 @@ class Server:
         if backend := settings.pop("weight_transfer", None):
             settings["weight_transfer_config"] = WeightTransferConfig(backend=backend)
         affinity, set_num_threads = os.sched_getaffinity(0), torch.set_num_threads
-        try:
-            self.llm = LLM(**settings)
-        finally:
-            # On the CPU vLLM pins its thread and forbids changing torch's, which would slow training to a crawl.
-            os.sched_setaffinity(0, affinity)
-            torch.set_num_threads = set_num_threads
+        self.llm = LLM(**settings)
+        # On the CPU vLLM pins its thread and forbids changing torch's, which would slow training to a crawl.
+        os.sched_setaffinity(0, affinity)
+        torch.set_num_threads = set_num_threads
 
     def generate(self, requests: list[tuple[list[int], Sampling, int]], seed: int, log_probs: bool):
         """For each request (prompt, sampling, seed of its own) its responses, in order: a list of `Generation` each.
@@ -89,9 +88,7 @@ class Server:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
-                    responses[int(output.request_id)] = [
-                        _generation(response, log_probs) for response in output.outputs
-                    ]
+                    responses[int(output.request_id)] = [_generation(o, log_probs) for o in output.outputs]
             if time.monotonic() - self.told > SIGN_OF_LIFE:
                 self.told = time.monotonic()
                 self.connection.send(("alive", None))
@@ -101,23 +98,12 @@ class Server:
         """Call a method of vLLM's `LLM`: those of the weight transfer, the prefix cache, and sleep."""
         return getattr(self.llm, name)(*arguments)
 
-    def load(self, content: bytes | None = None) -> None:
-        """Load weights on the CPU: those of a safetensors file, or the tensors in `weights` (same process only)."""
-        if content is not None:
-            from safetensors.torch import load
+    def load(self, content: bytes) -> None:
+        """Load weights on the CPU: the content of a safetensors file."""
+        from safetensors.torch import load
 
-            self.weights = load(content).items()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(self.weights)})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(load(content).items())})
         self.llm.apply_model(_repack_tied_head)
-        self.weights = ()
-
-    def _stop(self) -> None:
-        if self.llm is not None:
-            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-            self.llm.llm_engine.engine_core.shutdown()
-            self.llm = None
-            cleanup_dist_env_and_memory()
 
 
 def _sampling_parameters(sampling: Sampling, seed: int | None, log_probs: bool):
@@ -157,17 +143,9 @@ def _repack_tied_head(model) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def _end_with_parent() -> None:
-    """Kill this process and all that it started once the parent, which holds standard input open, is gone."""
-    sys.stdin.buffer.read()
-    os.killpg(0, signal.SIGKILL)
-
-
-def main(handle: str, cores: str, for_life: str) -> None:
-    """Serve one connection. `for_life`: the parent's thread that started this process lives as long as the parent."""
-    if for_life == "True":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # reaches a process that hangs, too
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def main(handle: str, cores: str) -> None:
+    """Serve one connection until the other end closes it; killed with the thread that started this process."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # reaches a process that is at work or hangs
     os.sched_setaffinity(0, map(int, cores.split(",")))
     for module in ("vllm", *PRELOADED):
         with contextlib.suppress(ImportError):  # said by `start`, if it matters

@@ -140,7 +140,7 @@ def test_a_call_under_way_ends_with_the_engine(process):
 def test_the_log_says_why_a_process_ended():
     ours, theirs = replicas.Pipe()
     program = "import sys; print('torch.OutOfMemoryError: CUDA out of memory'); print('at exit'); sys.exit(3)"
-    output = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the test)
+    output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (closed with the test)
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdout=output, stdin=subprocess.PIPE, start_new_session=True
     )
