@@ -1,7 +1,7 @@
 """vLLM behind the assignment's `init_vllm`: one engine, made of one or more replicas that share the prompts.
 
-On a GPU each replica is a process of its own (`worker.py`), so that vLLM's Python and the training loop's don't wait
-for each other; on the CPU the one replica is a thread of this process. Nothing but this folder knows vLLM.
+On a GPU each replica is a process (`worker.py`), so that vLLM's Python and the training loop's don't wait for each
+other; on the CPU the one replica is a thread.
 """
 
 import contextlib
@@ -26,8 +26,6 @@ MOST_AT_ONCE = 1024  # responses that the replicas on a GPU generate at a time, 
 
 @dataclass
 class Engine:
-    """An engine with its place and its way of receiving weights."""
-
     replicas: list[Replica]
     device: str
     train_device: str
@@ -63,10 +61,7 @@ class Engine:
 
 
 def init_vllm(model: str, device: str, train_device: str, **settings) -> Engine:
-    """Start an engine for `model` on `device` that can receive the weights of a policy on `train_device`.
-
-    As `begin_vllm`, which has the settings, and `wait_until_ready`.
-    """
+    """Start an engine for `model` on `device`, for a policy on `train_device`; settings as in `begin_vllm`."""
     engine = begin_vllm(model, device, train_device, **settings)
     wait_until_ready(engine)
     return engine
@@ -79,7 +74,6 @@ def begin_vllm(
     *,
     log_file: Path,
     precision: str = "bf16",
-    seed: int = 0,
     max_model_len: int,
     gpu_memory_utilization: float | None = None,
     reserved_bytes: int = 0,
@@ -92,11 +86,10 @@ def begin_vllm(
 ) -> Engine:
     """Begin to start an engine; on a GPU this returns at once, and `wait_until_ready` says whether it worked.
 
-    `max_model_len` counts prompt and response tokens. On a GPU `engines` replicas (see `start_replicas`, which may have
-    started their processes before: `replicas`) take `gpu_memory_utilization` of its memory together; None: most of
-    what is free, less `reserved_bytes` for a policy on the same card. What vLLM prints goes to `log_file`. Later calls
-    raise `EngineError` where a replica gives no sign of life for `timeout` seconds. `options` are further settings of
-    vLLM's `LLM`.
+    `max_model_len` counts prompt and response tokens. On a GPU `replicas`, or else those of `start_replicas`, take
+    `gpu_memory_utilization` of its memory together; None: most of what is free, less `reserved_bytes` for a policy on
+    the same card. Calls raise `EngineError` where a replica gives no sign of life for `timeout` seconds. `options` are
+    further settings of vLLM's `LLM`.
     """
     started = time.perf_counter()
     replicas = replicas or start_replicas(device, train_device, engines) or [start_thread()]
@@ -106,13 +99,11 @@ def begin_vllm(
         "revision": revision,
         "tokenizer_revision": revision,
         "dtype": str(DTYPES[precision]).removeprefix("torch."),
-        "seed": seed,
         "max_model_len": max_model_len,
         # A GPU's engine is faster without, and has no blocks of former weights that could be taken for valid.
         "enable_prefix_caching": device == "cpu",
         "trust_remote_code": trust_remote_code,
         "load_format": "safetensors",  # nothing pickled, which could run code
-        "disable_log_stats": True,
     }
     try:
         if device == "cpu":
@@ -130,7 +121,8 @@ def begin_vllm(
                 most_at_once=MOST_AT_ONCE // min(len(replicas), 2),
                 reserved=max(0, reserved_bytes - held),
             )
-            settings |= _gpu_settings(plan) | {"weight_transfer": "ipc" if device == train_device else "nccl"}
+            settings |= _gpu_settings(plan)
+            settings["weight_transfer_config"] = {"backend": "ipc" if device == train_device else "nccl"}
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with engine.output_captured():
             for replica in replicas:
@@ -160,10 +152,7 @@ def wait_until_ready(engine: Engine) -> None:
 
 
 def _gpu_settings(plan: Plan) -> dict:
-    """Settings of each of the replicas on a GPU: its memory, and which steps are recorded as CUDA graphs.
-
-    Nothing is compiled: an engine of some minutes would not win that time back.
-    """
+    """A replica's memory on a GPU, and its CUDA graphs; an engine of some minutes would not win back compiling."""
     sizes = [*(2**i for i in range(9)), *range(384, plan.at_once + 1, 128)]
     return {
         "gpu_memory_utilization": plan.share,  # refused at once where so much is not free
@@ -180,9 +169,8 @@ def _gpu_settings(plan: Plan) -> dict:
 def generate(
     engine: Engine, prompts: list[list[int]], sampling: Sampling, *, seed: int = 0, log_probs: bool = False
 ) -> list[list[Generation]]:
-    """For each prompt its `sampling.samples` responses, in order.
+    """For each prompt (token ids) its `sampling.samples` responses, which end with `</answer>` where they say it.
 
-    Prompts are token ids, so that training and evaluation see the same. Generation stops at `</answer>`, which is kept.
     The same weights, prompts and `seed` give the same responses, on a GPU to within the rounding of its kernels.
     """
     return answer(engine, [(prompt, sampling) for prompt in prompts], seed=seed, log_probs=log_probs)
@@ -191,12 +179,10 @@ def generate(
 def answer(
     engine: Engine, requests: list[tuple[list[int], Sampling]], *, seed: int = 0, log_probs: bool = False
 ) -> list[list[Generation]]:
-    """As `generate`, for prompts with a sampling each, which may differ. Each replica gets every so many-th of them."""
+    """As `generate`, with a sampling for each prompt. The replicas get them in turn."""
     wait_until_ready(engine)
-    own_seed, seeded = random.Random(seed).getrandbits(62), []
-    for prompt, sampling in requests:
-        seeded.append((prompt, sampling, own_seed))
-        own_seed += sampling.samples
+    first_seed = random.Random(seed).getrandbits(60)
+    seeded = [(*request, first_seed + (i << 20)) for i, request in enumerate(requests)]  # samples count upwards from it
     count, merged = len(engine.replicas), [None] * len(requests)
     parts = [(seeded[first::count], seed, log_probs) for first in range(count)]
     for first, part in enumerate(engine.ask_each("generate", parts)):
@@ -225,10 +211,7 @@ def rest(engine: Engine) -> None:
 
 
 def shutdown(engine: Engine) -> None:
-    """End the engine and free its memory and its processes; safe to call twice, and for one that hangs.
-
-    On the CPU a hung one can't be ended: its thread ends with this process, the notebook's kernel.
-    """
+    """End the engine, its processes too; safe to call twice, and for one that hangs (as a thread it stays)."""
     while engine.senders:
         engine.senders.pop().shutdown()
     with captured(engine.log_file):

@@ -1,7 +1,6 @@
 """The caller's side of a vLLM engine: a process of its own on a GPU, a thread of this process on the CPU.
 
-Light on purpose, without PyTorch: a notebook starts its engines' processes with its first cell, and they import vLLM
-while it reads data.
+Without PyTorch, so that a notebook can start the processes first of all: they import vLLM while it reads data.
 """
 
 import contextlib
@@ -70,7 +69,7 @@ class Replica:
             raise self.why_ended() from error
 
     def result(self):
-        """What the method asked for returns; `EngineError` if it fails, the process ends, or is silent for too long."""
+        """What the method returns; `EngineError` if it fails, the process ends, or is silent for too long."""
         heard = time.monotonic()
         while True:
             try:
@@ -121,9 +120,9 @@ class Replica:
 
 
 def start_replicas(device: str, train_device: str = "", engines: int | None = None) -> list[Replica]:
-    """Start the processes of the engines on a GPU, which import vLLM while the caller goes on; none for the CPU.
+    """Start the processes of `engines` on a GPU, which import vLLM while the caller goes on; none for the CPU.
 
-    `engines` of them; None: three on a GPU of its own where there are cores for them, otherwise one.
+    None: three on a GPU of its own where there are cores for them, otherwise one.
     """
     if device == "cpu":
         return []
@@ -158,7 +157,7 @@ def start_process(device: str, cores: list[int]) -> Replica:
 
 
 def start_thread() -> Replica:
-    """Start an engine in a thread of this process, for the CPU: the same cores can't serve two processes better."""
+    """Start an engine in a thread of this process, for the CPU."""
     from lib.evaluation.worker import Server
 
     os.environ.update(_environment("cpu"))

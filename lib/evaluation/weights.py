@@ -10,12 +10,13 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 
 from lib.evaluation.engine import DTYPES, Engine, generate, in_background, wait_until_ready
-from lib.evaluation.replica import SECONDS_TO_END, EngineError, Replica, Sampling
+from lib.evaluation.replica import EngineError, Replica, Sampling
 from lib.logs import captured
 from lib.training.batching import Sequence, pack
 from lib.training.policy import as_written, autocast, named_weights, response_log_probs
@@ -26,10 +27,9 @@ SYNC_TOLERANCE = {"bf16": (0.03, 0.1), "fp32": (0.001, 0.001)}
 
 
 def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> float:
-    """Copy the policy's weights into the engine, drop what it cached of the old ones, and return the seconds it took.
+    """Copy the policy's weights into the engine and return the seconds it took.
 
-    vLLM does not reset its prefix cache after a weight update: evaluated on the same prompts again, it would reuse
-    key/value blocks of the old policy in silence.
+    Also resets the prefix cache: vLLM would go on using key/value blocks of the old policy for the same prompts.
     """
     wait_until_ready(engine)
     started = time.perf_counter()
@@ -48,11 +48,11 @@ def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> f
     return time.perf_counter() - started
 
 
+@dataclass
 class _Client:
     """What vLLM's trainer side asks of the inference side, handed on to a replica."""
 
-    def __init__(self, replica: Replica):
-        self.replica = replica
+    replica: Replica
 
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         self.replica.call("ask", "init_weight_transfer_engine", {"init_info": init_info})
@@ -105,34 +105,26 @@ def _open_transfer(engine: Engine, replica: Replica, source):
 
 
 def _watched(engine: Engine, call: Callable):
-    """The result of a call that meets the replicas inside NCCL, where it would wait for ever for one that is gone.
-
-    It has a thread of its own, because one that hangs would take the whole notebook along.
-    """
+    """The result of a call that meets the replicas inside NCCL, where it would wait for ever for one that is gone."""
     future, started = in_background(call), time.monotonic()
-    dead_since = None
     while not wait([future], timeout=0.2).done:
-        now = time.monotonic()
-        if dead_since is None and not all(replica.is_alive() for replica in engine.replicas):
-            dead_since = now  # the call has this long to say so itself
-        if dead_since is not None and now - dead_since > SECONDS_TO_END:
-            raise next(replica for replica in engine.replicas if not replica.is_alive()).why_ended()
-        if now - started > engine.replicas[0].timeout:
-            raise EngineError(f"the engine took no weights for {now - started:.0f} s and counts as hung")
+        for replica in engine.replicas:
+            if not replica.is_alive():
+                raise replica.why_ended()
+            if (seconds := time.monotonic() - started) > replica.timeout:
+                raise EngineError(f"the engine took no weights for {seconds:.0f} s and counts as hung")
     return future.result()
 
 
-def prove_sync(policy: torch.nn.Module, engine: Engine, prompts: list[list[int]], new_tokens: int = 16) -> dict:
-    """Prove that the engine holds the policy's weights: both must give its generated tokens the same log-probability.
+def prove_sync(policy: torch.nn.Module, engine: Engine, prompts: list[list[int]]) -> dict:
+    """Prove that each replica holds the policy's weights: both must give generated tokens the same log-probability.
 
-    The tokens are generated (from prompts that evaluations use again and again), because only generation goes through
-    the prefix cache: scoring a prompt bypasses it and would miss stale blocks. Each replica proves itself.
-    Returns tokens, mean (of the replica that differs most) and largest absolute difference (nats) and the tolerance;
-    raises `EngineError` beyond it.
+    Generated ones, because only generation goes through the prefix cache: scoring a prompt would miss stale blocks.
+    Returns the mean difference (nats) of the replica that differs most; `EngineError` where it is over the tolerance.
     """
     count = len(engine.replicas)
     prompts = prompts * -(-count // len(prompts))  # at least one for each replica
-    generations = [g for (g,) in generate(engine, prompts, Sampling(1.0, 1.0, new_tokens), log_probs=True)]
+    generations = [g for (g,) in generate(engine, prompts, Sampling(1.0, 1.0, 16), log_probs=True)]
     sequences = [Sequence("", p + g.token_ids, len(p)) for p, g in zip(prompts, generations, strict=True)]
     with torch.no_grad(), as_written(policy), autocast(engine.train_device, engine.precision):
         log_probs, _ = response_log_probs(policy, pack(sequences).to(engine.train_device))
@@ -141,13 +133,12 @@ def prove_sync(policy: torch.nn.Module, engine: Engine, prompts: list[list[int]]
     mean = max(torch.cat(differences[first::count]).mean().item() for first in range(count))
     low, high = SYNC_TOLERANCE[engine.precision]
     tolerance = high if engine.rounding is None else min(max(4 * engine.rounding, low), high)
-    if not mean <= tolerance:
+    if not mean <= tolerance:  # nor nan
         raise EngineError(
             f"the engine does not hold the policy's weights: log-probabilities of {len(from_engine)} generated tokens "
             f"differ by {mean:.4f} nats on average (tolerance {tolerance:.4f})"
         )
-    if engine.rounding is None:
-        engine.rounding = mean
+    engine.rounding = engine.rounding or mean
     return {
         "tokens": len(from_engine),
         "mean_abs_difference": mean,

@@ -20,7 +20,7 @@ STOP = "</answer>"
 SIGN_OF_LIFE = 1.0  # seconds between two of them, as long as responses come in
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 # What vLLM imports only when an engine starts, imported before it is asked for.
-PRELOADED = ("vllm.entrypoints.llm", "vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner")
+PRELOADED = ("vllm", "vllm.entrypoints.llm", "vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner")
 
 
 class Server:
@@ -52,15 +52,12 @@ class Server:
     def start(self, settings: dict, log_file: str | None) -> None:
         """Make the engine. `log_file` takes what this process prints from now on; None leaves that alone."""
         if log_file is not None:
-            target = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(target, 1)
-            os.dup2(target, 2)
+            with open(log_file, "ab") as target:
+                os.dup2(target.fileno(), 1)
+                os.dup2(target.fileno(), 2)
         import torch
         from vllm import LLM
-        from vllm.config import WeightTransferConfig
 
-        if backend := settings.pop("weight_transfer", None):
-            settings["weight_transfer_config"] = WeightTransferConfig(backend=backend)
         affinity, set_num_threads = os.sched_getaffinity(0), torch.set_num_threads
         self.llm = LLM(**settings)
         # On the CPU vLLM pins its thread and forbids changing torch's, which would slow training to a crawl.
@@ -68,21 +65,17 @@ class Server:
         torch.set_num_threads = set_num_threads
 
     def generate(self, requests: list[tuple[list[int], Sampling, int]], seed: int, log_probs: bool):
-        """For each request (prompt, sampling, seed of its own) its responses, in order: a list of `Generation` each.
+        """For each request (prompt, sampling, seed of its own) its list of `Generation`.
 
-        On the CPU all requests draw from torch's generator, which starts at `seed`, in the order that the batch gives.
-        On a GPU vLLM's newer model runner gives each sample a seed of its own, counted upwards from the request's, so
-        that its draws don't depend on what is generated beside it.
+        On the CPU all requests draw from torch's generator, which starts at `seed`. vLLM's newer model runner, for
+        GPUs, gives each sample a seed of its own, counted upwards from the request's: draws don't depend on the batch.
         """
         import torch
 
         torch.manual_seed(seed)
         own_seeds = torch.cuda.is_available() and self.llm.llm_engine.vllm_config.use_v2_model_runner
         prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in requests]
-        parameters = [
-            _sampling_parameters(sampling, own_seed if own_seeds else None, log_probs)
-            for _, sampling, own_seed in requests
-        ]
+        parameters = [_sampling_parameters(s, own if own_seeds else None, log_probs) for _, s, own in requests]
         self.llm.enqueue(prompts, parameters, use_tqdm=False)
         responses, engine = {}, self.llm.llm_engine
         while engine.has_unfinished_requests():
@@ -95,7 +88,7 @@ class Server:
         return [responses[number] for number in sorted(responses)]  # vLLM numbers requests in order
 
     def ask(self, name: str, *arguments):
-        """Call a method of vLLM's `LLM`: those of the weight transfer, the prefix cache, and sleep."""
+        """Call a method of vLLM's `LLM`."""
         return getattr(self.llm, name)(*arguments)
 
     def load(self, content: bytes) -> None:
@@ -116,6 +109,7 @@ def _sampling_parameters(sampling: Sampling, seed: int | None, log_probs: bool):
         max_tokens=sampling.max_new_tokens,
         seed=seed,
         stop=[STOP],
+        include_stop_str_in_output=True,  # without it every format reward would be 0
         logprobs=0 if log_probs else None,
         # Text is what the token ids say: tags may be special tokens, which vLLM leaves out by default.
         skip_special_tokens=False,
@@ -124,20 +118,15 @@ def _sampling_parameters(sampling: Sampling, seed: int | None, log_probs: bool):
 
 
 def _generation(response, log_probs: bool) -> Generation:
-    token_ids, values, text = list(response.token_ids), None, response.text
-    if isinstance(response.stop_reason, str):
-        text += response.stop_reason  # vLLM drops the stop string: every format reward would be 0
+    token_ids, values = list(response.token_ids), None
     if log_probs:
         values = [step[token].logprob for step, token in zip(response.logprobs, token_ids, strict=True)]
     reason = response.finish_reason if response.finish_reason in ("stop", "length") else "failed"
-    return Generation(text, token_ids, reason, values)
+    return Generation(response.text, token_ids, reason, values)
 
 
 def _repack_tied_head(model) -> None:
-    """Pack the output projection again: where it is tied to the embedding, vLLM's reload refreshes only the latter.
-
-    On the CPU vLLM multiplies with a packed copy of the matrix, which would stay that of the old policy.
-    """
+    """On the CPU vLLM multiplies with a packed copy of the output projection, which its reload does not refresh."""
     head = getattr(model, "lm_head", None)
     if getattr(head, "cpu_linear", None) is not None:
         head.quant_method.process_weights_after_loading(head)
@@ -147,9 +136,8 @@ def main(handle: str, cores: str) -> None:
     """Serve one connection until the other end closes it; killed with the thread that started this process."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # reaches a process that is at work or hangs
     os.sched_setaffinity(0, map(int, cores.split(",")))
-    for module in ("vllm", *PRELOADED):
-        with contextlib.suppress(ImportError):  # said by `start`, if it matters
-            importlib.import_module(module)
+    for module in PRELOADED:
+        importlib.import_module(module)
     Server(Connection(int(handle))).serve()
 
 
