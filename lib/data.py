@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -148,32 +147,24 @@ def detect_template(prompts: list[str], path: Path, template_path: str | None = 
 
     Training and evaluation must see the same template, so prompts that fit none, or several, are an error.
     """
-    paths = sorted(PROMPTS.glob("*.prompt"))
-    if template_path is not None:
-        paths = [absolute(template_path)]
-        if not paths[0].is_file():
-            raise UserError(f"prompt_template={template_path!r}: no such file")
     templates = []
-    for each in paths:
-        whole = read_text(each)
-        unix = whole.replace("\r\n", "\n")
-        # A file ends in a newline and may have Windows' line ends; the prompts may be made with or without these.
-        spellings = dict.fromkeys((unix.rstrip("\n"), unix, whole.rstrip("\r\n"), whole))
-        templates += [Template(each.stem, text) for text in spellings]
-    for template in templates:
-        if template.text.count(PLACEHOLDER) != 1:
-            raise UserError(f"prompt_template {template.name}: must hold {PLACEHOLDER} exactly once")
-    fits = [t for t in templates if t.question_in(prompts[0]) is not None]
-    if not fits:
-        names = ", ".join(each.stem for each in paths)
+    for file in sorted(PROMPTS.glob("*.prompt")) if template_path is None else [absolute(template_path)]:
+        text = read_text(file).replace("\r\n", "\n")
+        if text.count(PLACEHOLDER) != 1:
+            raise UserError(f"prompt_template {file.stem}: must hold {PLACEHOLDER} exactly once")
+        # A file ends in a newline; the prompts may be made with or without it.
+        templates += [Template(file.stem, text.rstrip("\n")), Template(file.stem, text)]
+    template = next((t for t in templates if t.question_in(prompts[0]) is not None), None)
+    if template is None:
         raise UserError(
-            f"{shorten_path(str(path))}, line 1: the prompt was made with none of the templates ({names}); "
+            f"{shorten_path(path)}, line 1: the prompt was made with none of the templates "
+            f"({', '.join(sorted({t.name for t in templates}))}); "
             f"set prompt_template to a file that holds it with {PLACEHOLDER} for the problem"
         )
     for number, prompt in enumerate(prompts, start=1):
-        if fits[0].question_in(prompt) is None:
-            raise UserError(f"{shorten_path(str(path))}, row {number}: the prompt differs from template {fits[0].name}")
-    return fits[0]
+        if template.question_in(prompt) is None:
+            raise UserError(f"{shorten_path(path)}, row {number}: the prompt differs from template {template.name}")
+    return template
 
 
 def distinct(examples: list[Example]) -> list[Example]:
@@ -182,17 +173,6 @@ def distinct(examples: list[Example]) -> list[Example]:
     for example in examples:
         first.setdefault((example.prompt, example.response), example)
     return list(first.values())
-
-
-def grade_examples(examples: list[Example], parameter: str = "filtered") -> list[dict]:
-    """The reward dict of each example's response against its gold answer; every example must have one."""
-    for example in examples:
-        if example.answer is None:
-            raise UserError(
-                f"{parameter}: {example.id} has no 'ground_truth', and its problem is not in train.jsonl, "
-                "so its correctness can't be told"
-            )
-    return grade_many([e.response for e in examples], [e.answer for e in examples])
 
 
 @dataclass(frozen=True)
@@ -210,13 +190,21 @@ def select_examples(examples: list[Example], n: int | str, filtered: bool, seed:
     examples, those of correct form and those that are correct, over all and among the selected.
     """
     unique = distinct(examples)
-    known = all(e.answer is not None for e in unique)
-    rewards = grade_examples(unique) if known or filtered else []
-    form = {e.id for e, r in zip(unique, rewards, strict=False) if r["format_reward"] == 1}
-    correct = {e.id for e, r in zip(unique, rewards, strict=False) if r["reward"] == 1}
+    ungraded = next((e.id for e in unique if e.answer is None), None)
+    if filtered and ungraded:
+        raise UserError(
+            f"filtered: {ungraded} has no 'ground_truth', and its problem is not in train.jsonl, "
+            "so its correctness can't be told"
+        )
+    rewards = [] if ungraded else grade_many([e.response for e in unique], [e.answer for e in unique])
+    rewards = {e.id: reward for e, reward in zip(unique, rewards, strict=False)}
+
+    def count(chosen: list[Example], key: str) -> int | None:
+        return None if ungraded else sum(rewards[e.id][key] == 1 for e in chosen)
+
     shuffled = list(unique)
     random.Random(seed).shuffle(shuffled)
-    pool = [e for e in shuffled if e.id in correct] if filtered else shuffled
+    pool = [e for e in shuffled if rewards[e.id]["reward"] == 1] if filtered else shuffled
     if n != "all" and n > len(pool):
         kind = "correct distinct" if filtered else "distinct"
         raise UserError(f"n={n}: there are only {len(pool)} {kind} examples in sft.jsonl (use n='all' for these)")
@@ -228,12 +216,12 @@ def select_examples(examples: list[Example], n: int | str, filtered: bool, seed:
         {
             "rows": len(examples),
             "distinct": len(unique),
-            "correct_form": len(form) if rewards else None,
-            "correct": len(correct) if rewards else None,
+            "correct_form": count(unique, "format_reward"),
+            "correct": count(unique, "reward"),
             "selected": len(selected),
             "selected_problems": len({e.problem for e in selected}),
-            "selected_correct_form": sum(e.id in form for e in selected) if rewards else None,
-            "selected_correct": sum(e.id in correct for e in selected) if rewards else None,
+            "selected_correct_form": count(selected, "format_reward"),
+            "selected_correct": count(selected, "reward"),
         },
     )
 
@@ -280,22 +268,19 @@ def find_contamination(seen: Sequence[Example | Problem], problems: list[Problem
     A near duplicate has the same numbers in the same order, and shares `NEAR` of the word trigrams (Jaccard index):
     with other numbers it is another problem of the same kind.
     """
-    texts = [_normalize(text) for text in {s.problem for s in seen}]
-    spellings = {spelling for spelling, _, _ in texts}
-    frequency = Counter(trigram for _, _, trigrams in texts for trigram in trigrams)
-
-    def prefix(trigrams: set) -> list:
-        """The rarest of them, of which sets with a Jaccard index of `NEAR` share at least one (prefix filtering)."""
-        return sorted(trigrams, key=lambda t: (frequency[t], t))[: int((1 - NEAR) * len(trigrams)) + 1]
-
-    places = defaultdict(list)
-    for _, numbers, trigrams in texts:
-        for trigram in prefix(trigrams):
-            places[numbers, trigram].append(trigrams)
+    spellings, places = set(), {}
+    for spelling, numbers, trigrams in (_normalize(text) for text in {s.problem for s in seen}):
+        spellings.add(spelling)
+        for trigram in trigrams:
+            places.setdefault((numbers, trigram), []).append(trigrams)
     found = Contamination([], [])
     for problem in problems:
         spelling, numbers, trigrams = _normalize(problem.problem)
-        candidates = (other for trigram in prefix(trigrams) for other in places.get((numbers, trigram), ()))
+        # A near duplicate lacks at most 1 - NEAR of them, so it stands at one of any such share: the rarest.
+        rarest = sorted((places.get((numbers, t), []) for t in trigrams), key=len)[
+            : int((1 - NEAR) * len(trigrams)) + 1
+        ]
+        candidates = (other for place in rarest for other in place)
         if spelling in spellings:
             found.exact.append(problem.id)
         elif any(len(trigrams & other) >= NEAR * len(trigrams | other) for other in candidates):
