@@ -1,5 +1,6 @@
 """Training examples, validation problems and prompt templates, from JSONL files in the course's layout."""
 
+import itertools
 import json
 import math
 import random
@@ -30,15 +31,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem to be solved in an evaluation; `level` is 'Level 1' to 'Level 5' in MATH.
-
-    Of a list of answers each one counts as right. Data without levels or subjects have None.
-    """
+    """One problem to be solved in an evaluation; of a list of answers each one counts as right."""
 
     id: str
     problem: str
     answer: str | list[str]
-    level: str | None = None
+    level: str | None = None  # 'Level 1' to 'Level 5' in MATH
     subject: str | None = None
 
 
@@ -102,19 +100,16 @@ def gold(row: dict, keys: tuple[str, ...], where: str) -> str | list[str] | None
 
 
 def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
-    """Problems of a `train.jsonl` or `validation.jsonl` file, in its order, with unique ids.
-
-    MATH's training file has a problem whose answer is empty: `may_lack_answers` leaves such problems out.
-    """
+    """Problems of a `train.jsonl` or `validation.jsonl` file, in its order, with unique ids."""
     problems = []
     for where, row in read_rows(path, ("problem", "answer")):
         text, answer = prose(row, "problem", where), gold(row, ("answer",), where)
         level, subject, own = (label(row.get(key), key, where) for key in ("level", "subject", "unique_id"))
-        if answer is None and not may_lack_answers:
-            raise UserError(f"{where}: 'answer' must be a text that is not empty")
         if answer is not None:
             level = f"Level {level}" if level and level.strip().isdecimal() else level
             problems.append(Problem(own or f"{path.stem}/{len(problems)}", text, answer, level, subject))
+        elif not may_lack_answers:  # MATH's train.jsonl has one
+            raise UserError(f"{where}: 'answer' must be a text that is not empty")
     if len({p.id for p in problems}) < len(problems):
         raise UserError(f"{shorten_path(path)}: 'unique_id' is not unique")
     return problems
@@ -123,8 +118,7 @@ def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
 def load_examples(data_dir: Path, template_path: str | None = None) -> tuple[list[Example], Template]:
     """All rows of `sft.jsonl`, duplicates included, and the template that their prompts were made with.
 
-    The gold answer is the row's `ground_truth` (or `answer`); where a row has none, it is joined with `train.jsonl`
-    through the problem's text, and stays None for a problem that is not there either.
+    The gold answer is the row's `ground_truth` or `answer`, else that of the same problem in `train.jsonl`, else None.
     """
     path = data_dir / "sft.jsonl"
     rows = read_rows(path, ("prompt", "response"))
@@ -143,22 +137,20 @@ def load_examples(data_dir: Path, template_path: str | None = None) -> tuple[lis
 
 
 def detect_template(prompts: list[str], path: Path, template_path: str | None = None) -> Template:
-    """The template that all prompts were made with: the one at `template_path`, or one of lib/prompts.
-
-    Training and evaluation must see the same template, so prompts that fit none, or several, are an error.
-    """
+    """The template that all prompts were made with, for evaluation: the user's own, or one of lib/prompts."""
     templates = []
     for file in sorted(PROMPTS.glob("*.prompt")) if template_path is None else [absolute(template_path)]:
-        text = read_text(file).replace("\r\n", "\n")
+        text = read_text(file)
+        unix = text.replace("\r\n", "\n")
         if text.count(PLACEHOLDER) != 1:
             raise UserError(f"prompt_template {file.stem}: must hold {PLACEHOLDER} exactly once")
-        # A file ends in a newline; the prompts may be made with or without it.
-        templates += [Template(file.stem, text.rstrip("\n")), Template(file.stem, text)]
+        # A file ends in a newline and may have Windows' line ends; the prompts may be made with or without these.
+        templates += [Template(file.stem, t) for t in (unix.rstrip("\n"), unix, text.rstrip("\r\n"), text)]
     template = next((t for t in templates if t.question_in(prompts[0]) is not None), None)
     if template is None:
+        names = ", ".join(dict.fromkeys(t.name for t in templates))
         raise UserError(
-            f"{shorten_path(path)}, line 1: the prompt was made with none of the templates "
-            f"({', '.join(sorted({t.name for t in templates}))}); "
+            f"{shorten_path(path)}, line 1: the prompt was made with none of the templates ({names}); "
             f"set prompt_template to a file that holds it with {PLACEHOLDER} for the problem"
         )
     for number, prompt in enumerate(prompts, start=1):
@@ -186,8 +178,7 @@ class TrainingSet:
 def select_examples(examples: list[Example], n: int | str, filtered: bool, seed: int) -> TrainingSet:
     """`n` distinct examples, seeded and nested: those of a smaller n are the first ones of a larger n.
 
-    With `filtered`, only examples whose response earns reward 1 are drawn from. `sizes` counts rows, distinct
-    examples, those of correct form and those that are correct, over all and among the selected.
+    With `filtered`, only examples whose response earns reward 1 are drawn from.
     """
     unique = distinct(examples)
     ungraded = next((e.id for e in unique if e.answer is None), None)
@@ -196,8 +187,10 @@ def select_examples(examples: list[Example], n: int | str, filtered: bool, seed:
             f"filtered: {ungraded} has no 'ground_truth', and its problem is not in train.jsonl, "
             "so its correctness can't be told"
         )
-    rewards = [] if ungraded else grade_many([e.response for e in unique], [e.answer for e in unique])
-    rewards = {e.id: reward for e, reward in zip(unique, rewards, strict=False)}
+    rewards = {}
+    if not ungraded:
+        graded = grade_many([e.response for e in unique], [e.answer for e in unique])
+        rewards = {e.id: reward for e, reward in zip(unique, graded, strict=True)}
 
     def count(chosen: list[Example], key: str) -> int | None:
         return None if ungraded else sum(rewards[e.id][key] == 1 for e in chosen)
@@ -229,7 +222,7 @@ def select_examples(examples: list[Example], n: int | str, filtered: bool, seed:
 def load_evaluation_problems(data_dir: Path, split: str, examples: list[Example]) -> list[Problem]:
     """Problems to evaluate on: `validation.jsonl`, or for 'tuning' those of `train.jsonl` that no trace is about.
 
-    Tuning problems that `validation.jsonl` has too, or nearly so, are left out: nothing is tuned on what is reported.
+    Near duplicates of validation problems are left out: nothing is tuned on what is reported.
     """
     validation = load_problems(data_dir / "validation.jsonl")
     if split == "validation":
@@ -276,11 +269,9 @@ def find_contamination(seen: Sequence[Example | Problem], problems: list[Problem
     found = Contamination([], [])
     for problem in problems:
         spelling, numbers, trigrams = _normalize(problem.problem)
-        # A near duplicate lacks at most 1 - NEAR of them, so it stands at one of any such share: the rarest.
-        rarest = sorted((places.get((numbers, t), []) for t in trigrams), key=len)[
-            : int((1 - NEAR) * len(trigrams)) + 1
-        ]
-        candidates = (other for place in rarest for other in place)
+        # A near duplicate lacks at most 1 - NEAR of the trigrams, so it has one of so many and one: of the rarest.
+        found_at = sorted((places.get((numbers, trigram), []) for trigram in trigrams), key=len)
+        candidates = itertools.chain(*found_at[: int((1 - NEAR) * len(trigrams)) + 1])
         if spelling in spellings:
             found.exact.append(problem.id)
         elif any(len(trigrams & other) >= NEAR * len(trigrams | other) for other in candidates):
@@ -301,8 +292,7 @@ def _normalize(text: str) -> tuple[str, tuple[str, ...], set[tuple[str, ...]]]:
 def stratified_subset(problems: list[Problem], size: int | None, seed: int) -> list[Problem]:
     """`size` problems spread evenly over subjects and levels, drawn at random inside each; None takes all.
 
-    Systematic sampling: the problems are ordered by subject and level and every (len / size)-th is taken, so each
-    stratum is represented in proportion, to within one problem.
+    Systematic sampling: ordered by subject and level, every (len / size)-th is taken.
     """
     if size is None or size >= len(problems):
         return list(problems)

@@ -38,7 +38,7 @@ def check_model(model: str, revision: str | None, trust_remote_code: bool) -> No
 
 
 def _read_shapes(folder: Path, what: str) -> dict[str, list[int]]:
-    """The shape of each tensor, from the weights' headers. UserError where a file is missing or not what its name says."""
+    """The shape of each tensor, from the weights' headers. UserError for a file that is missing or broken."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{what}: no config.json in this folder, so it is no model folder")
     if not any((folder / name).is_file() for name in TOKENIZERS):
@@ -86,10 +86,9 @@ def _check_shapes(config, tokenizer, shapes: dict[str, list[int]], what: str) ->
         return
     if not config.tie_word_embeddings and not any(name.endswith("lm_head.weight") for name in shapes):
         raise UserError(f"{what}: the weights lack lm_head.weight, and config.json does not tie it to the embedding")
-    rows, width = shapes[embedding]
-    if (rows, width) != (config.vocab_size, config.hidden_size):
-        asked = f"{config.vocab_size} x {config.hidden_size}"
-        raise UserError(f"{what}: {embedding} is {rows} x {width}, {asked} by config.json")
+    (rows, width), asked = shapes[embedding], getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT has both
+    if (rows, width) != (config.vocab_size, asked):
+        raise UserError(f"{what}: {embedding} is {rows} x {width}, {config.vocab_size} x {asked} by config.json")
     if (largest := max(tokenizer.get_vocab().values())) >= rows:
         raise UserError(f"{what}: the tokenizer has ids up to {largest}, the weights' embedding only {rows} rows")
 

@@ -76,9 +76,7 @@ class RunConfig(BaseModel):
     model: Model = parameter(None, "hub id or folder of a causal language model (safetensors)")
     revision: str | None = parameter(None, "branch, tag or commit of a hub model; None: the newest")
     data_dir: FolderPath = parameter(None, "folder with sft.jsonl, train.jsonl, validation.jsonl")
-    prompt_template: FolderPath | None = parameter(
-        None, "file with {question} in it; None: the one of lib/prompts that the data was made with"
-    )
+    prompt_template: FolderPath | None = parameter(None, "file with {question}; None: the one of lib/prompts that fits")
     trust_remote_code: bool = parameter(False, "allow a model's own Python code to run")
     seed: CountOrZero = parameter(0, "subset, order of examples, sampling")
 
@@ -93,9 +91,7 @@ class RunConfig(BaseModel):
     weight_decay: NotNegative = parameter(0.0, "AdamW's decoupled weight decay")
     gradient_clip: Positive = parameter(1.0, "largest norm of the gradient")
     max_length: Count = parameter(None, "tokens of prompt and response; longer examples are an error")
-    precision: Literal["bf16", "fp32"] = parameter(
-        "bf16", '"bf16": autocast over fp32 master weights; "fp32": nothing else'
-    )
+    precision: Literal["bf16", "fp32"] = parameter("bf16", '"bf16": autocast over fp32 weights; "fp32": nothing else')
 
     eval_split: Literal["validation", "tuning"] = parameter(
         "validation", '"validation", or "tuning": problems of train.jsonl that no trace is about'
@@ -113,9 +109,7 @@ class RunConfig(BaseModel):
     greedy: Literal["never", "final", "always"] = parameter(
         "final", 'also decode greedily: "never", "final" (start and end), "always"'
     )
-    eval_beside_training: bool = parameter(
-        None, "go on training while the engine answers; None: if it has a GPU of its own"
-    )
+    eval_beside_training: bool = parameter(None, "go on training while the engine answers; None: if it has its own GPU")
     log_generations: CountOrZero = parameter(6, "responses kept with token entropy, and shown below")
     verify_sync: Literal["first", "always"] = parameter(
         "always", 'prove that the engine holds the policy\'s weights: "first" sync only, or "always"'
@@ -123,15 +117,9 @@ class RunConfig(BaseModel):
 
     train_device: str = parameter(None, '"cuda:0", "cpu"; None: the first GPU, or the CPU')
     eval_device: str = parameter(None, '"cuda:1", ...; None: the second GPU, or the training device')
-    gpu_memory_utilization: Share | None = parameter(
-        None, "share of the engine's GPU that it takes; None: planned beside what the policy needs"
-    )
-    engines: Count | None = parameter(
-        None, "vLLM engines on that GPU; None: 3 where they have it alone and there are cores, else 1"
-    )
-    engine_timeout: Positive = parameter(
-        600, "seconds without a finished response after which the engine counts as hung"
-    )
+    gpu_memory_utilization: Share | None = parameter(None, "share of the engine's GPU; None: planned beside the policy")
+    engines: Count | None = parameter(None, "vLLM engines there; None: 3 if they have the GPU alone and cores, else 1")
+    engine_timeout: Positive = parameter(600, "seconds without a finished response until the engine counts as hung")
 
     runs_dir: FolderPath = parameter(None, "where the run's folder goes; None: runs/ of the project")
     run_name: Annotated[str, AfterValidator(_plain_name)] = parameter(

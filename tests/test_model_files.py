@@ -105,6 +105,7 @@ BROKEN = {
     "config: untied": (lambda f: change_config(f, tie_word_embeddings=False), r"weights lack lm_head\.weight"),
     "tokenizer: pointer": (change_bytes("tokenizer.json", lambda b: POINTER), r"tokenizer\.json: is a Git LFS pointer"),
     "tokenizer: merges a pointer": (lambda f: (f / "merges.txt").write_bytes(POINTER), r"merges\.txt: is a Git LFS"),
+    "tokenizer: none": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer in this folder"),
     "tokenizer: cut off": (change_bytes("tokenizer.json", lambda b: b[:5000]), r"tokenizer\.json.*not valid JSON"),
     "tokenizer: another JSON": (change_bytes("tokenizer.json", lambda b: b'{"a": 1}'), "can't be loaded: "),
     "tokenizer: larger than the embedding": (more_tokens, "ids up to 1536, .* only 1536 rows"),
@@ -183,7 +184,7 @@ def test_the_commit_of_a_hub_model_is_what_the_cache_holds(model, tmp_path, monk
     (cached / "refs" / "main").write_text(commit)
     find = huggingface_hub.try_to_load_from_cache
     monkeypatch.setattr(
-        "lib.model_files.try_to_load_from_cache",
+        "huggingface_hub.try_to_load_from_cache",
         lambda *args, **options: find(*args, cache_dir=tmp_path / "hub", **options),
     )
     assert hub_commit("someone/some-model") == hub_commit("someone/some-model", "main") == commit
