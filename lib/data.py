@@ -4,7 +4,7 @@ import json
 import math
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -280,17 +280,25 @@ def find_contamination(seen: Sequence[Example | Problem], problems: list[Problem
     A near duplicate has the same numbers in the same order, and shares `NEAR` of the word trigrams (Jaccard index):
     with other numbers it is another problem of the same kind.
     """
-    spellings, groups = set(), defaultdict(list)
-    for text in {s.problem for s in seen}:
-        spelling, numbers, trigrams = _normalize(text)
-        spellings.add(spelling)
-        groups[numbers].append(trigrams)
+    texts = [_normalize(text) for text in {s.problem for s in seen}]
+    spellings = {spelling for spelling, _, _ in texts}
+    frequency = Counter(trigram for _, _, trigrams in texts for trigram in trigrams)
+
+    def prefix(trigrams: set) -> list:
+        """The rarest of them, of which sets with a Jaccard index of `NEAR` share at least one (prefix filtering)."""
+        return sorted(trigrams, key=lambda t: (frequency[t], t))[: int((1 - NEAR) * len(trigrams)) + 1]
+
+    places = defaultdict(list)
+    for _, numbers, trigrams in texts:
+        for trigram in prefix(trigrams):
+            places[numbers, trigram].append(trigrams)
     found = Contamination([], [])
     for problem in problems:
         spelling, numbers, trigrams = _normalize(problem.problem)
+        candidates = (other for trigram in prefix(trigrams) for other in places.get((numbers, trigram), ()))
         if spelling in spellings:
             found.exact.append(problem.id)
-        elif any(len(trigrams & other) >= NEAR * len(trigrams | other) for other in groups[numbers]):
+        elif any(len(trigrams & other) >= NEAR * len(trigrams | other) for other in candidates):
             found.near.append(problem.id)
     return found
 
