@@ -6,7 +6,7 @@ from functools import partial
 import pandas as pd
 
 from lib.benchmark import rows as names
-from lib.report import figures
+from lib.report import canvas
 
 WHO = {"ours": "ours", "memory": "ours, limited", "trl": "TRL", "cpu": "ours, CPU"}
 
@@ -114,19 +114,19 @@ def compare_with_goals(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-@figures.styled
+@canvas.styled
 def draw_speeds(rows: list[dict]):
     """Tokens/s of every training variant that was measured, with the range of its steps; returns figure and data."""
     seen = [*measured(rows, "ours").values(), *measured(rows, "trl").values()]
-    figure, (axes,) = figures.canvas(0.9 + 0.36 * max(1, len(seen)))
+    figure, (axes,) = canvas.canvas(0.9 + 0.36 * max(1, len(seen)))
     for place, row in enumerate(reversed(seen)):
-        shade = figures.shade("full" if row["variant"] == names.FULL else "n256")
+        shade = canvas.shade("full" if row["variant"] == names.FULL else "n256")
         rate, end = row["tokens_per_second"], row["highest"]
-        axes.barh(place, rate, color=shade if row["part"] == "ours" else figures.GREY, height=0.72)
+        axes.barh(place, rate, color=shade if row["part"] == "ours" else canvas.GREY, height=0.72)
         axes.hlines(place, row["lowest"], end, color="black", linewidth=1.2)
         axes.annotate(f"{rate:,.0f}", (end, place), (5, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(seen)), [f"{WHO[row['part']]}: {row['variant']}" for row in reversed(seen)])
-    figures.bare_bars(axes)
+    canvas.bare_bars(axes)
     axes.set_xlabel("examples' tokens a second (line: slowest to fastest step)")
     axes.margins(x=0.14)
     axes.set_xlim(left=0)
