@@ -13,6 +13,7 @@ from lib.files import UserError, first_line, read_json, refuse_signature, shorte
 
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
+OBJECTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", INDEX)
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
 HEAD = re.compile(r"(?:^|\.)(?:lm_head|output|embed_out)\.weight$")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -54,16 +55,18 @@ def _check_names(folder: Path, what: str) -> None:
         raise UserError(f"{what}: {reason} in this folder (*.safetensors needed)")
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise UserError(f"{what}: no tokenizer in this folder")
-    for path in folder.glob("*.json"):
-        read_json(path)
+    for name in OBJECTS:
+        read_json(folder / name)
+    for path in (folder / "tokenizer.model", folder / "merges.txt", *folder.glob("*.safetensors")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                refuse_signature(file.read(64), path)
 
 
 def _read_shapes(folder: Path, what: str) -> dict[str, list[int]]:
     """The shape of each tensor, from the files' headers. UserError where a file is not whole or missing."""
     shards: dict[str, dict] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            refuse_signature(file.read(64), path)
         try:
             with safe_open(path, framework="numpy") as tensors:
                 shards[path.name] = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
@@ -88,19 +91,19 @@ def _read_shapes(folder: Path, what: str) -> dict[str, list[int]]:
 def _check_shapes(config, tokenizer, shapes: dict[str, list[int]], what: str) -> None:
     """UserError where configuration, tokenizer and weights are not of one model."""
     layers = {int(found[1]) for name in shapes if (found := LAYER.search(name))}
-    if layers and len(layers) < config.num_hidden_layers:
+    if layers and len(layers) < getattr(config, "num_hidden_layers", 0):
         raise UserError(f"{what}: config.json has {config.num_hidden_layers} layers, the weights {len(layers)}")
     embedding = next((name for name in shapes if EMBEDDING.search(name)), None)
     if embedding is None:
         return  # an architecture of other names
     if not (config.tie_word_embeddings or any(HEAD.search(name) for name in shapes)):
         raise UserError(f"{what}: the weights lack lm_head.weight, and config.json does not tie it to the embedding")
-    rows, width = shapes[embedding]
-    widths = {getattr(config, name, None) for name in ("hidden_size", "word_embed_proj_dim", "embedding_size")}
+    rows, *width = shapes[embedding]
+    widths = [[getattr(config, name, None)] for name in ("hidden_size", "word_embed_proj_dim", "embedding_size")]
     if rows != config.vocab_size or width not in widths:
         asked = f"{config.vocab_size} x {config.hidden_size}"
-        raise UserError(f"{what}: {embedding} is {rows} x {width} in the weights, {asked} by config.json")
-    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        raise UserError(f"{what}: {embedding} is {' x '.join(map(str, shapes[embedding]))}, {asked} by config.json")
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
         raise UserError(f"{what}: the tokenizer has ids up to {largest}, the weights' embedding only {rows} rows")
 
 
