@@ -17,7 +17,7 @@ from lib import get_data
 from lib.data import load_evaluation_problems, load_examples, load_problems, select_examples
 from lib.files import PROJECT_ROOT
 from lib.grading import r1_zero_reward_fn
-from lib.run.life_cycle import prepare
+from lib.run.prepare import prepare
 from lib.settings import resolve
 
 NAMES = ["Ann", "Bob", "Cem", "Dora", "Eve", "Finn", "Gita", "Hugo", "Ines", "Jan", "Kim", "Lea"]

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from lib.evaluation import engine as engines
-from lib.evaluation.evaluate import evaluate, summarize
+from lib.evaluation.evaluate import summarize
 from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.files import UserError, append_lines, read_lines, shorten_path, write_lines
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
-from lib.run.life_cycle import PROOF_PROMPTS, prepare, start_engine
+from lib.run.evaluations import PROOF_PROMPTS, answer
+from lib.run.prepare import prepare, start_engine
 from lib.settings import INCIDENTAL, RunConfig, changed_settings
 from lib.study.choice import CHOSEN, records_file
 from lib.training.policy import load_policy
@@ -47,7 +48,7 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
         return
     quiet_libraries(log_file)
     with captured(log_file):
-        policy = load_policy(config.model, config.train_device, config.trust_remote_code)
+        policy = load_policy(config.model, config.train_device, config.trust_remote_code, config.revision)
     base = copy.deepcopy(policy.state_dict())
     engine = start_engine(runs[left[0]], log_file)
     try:
@@ -96,10 +97,8 @@ def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) ->
     metrics = list(train_steps(policy, optimizer, run.batches, config.optimization, run.sizes["selected"]))
     load_policy_into_vllm_instance(policy, engine)
     prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
-    chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]
-    sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
-    problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
-    records = evaluate(engine, problems, prompts, {"sampled": sampling}, config.seed)["sampled"].records
+    run.engine = engine
+    records = answer(run, final=False, seed=config.seed)["sampled"].records
     summary = summarize(records)
     last = metrics[-max(1, len(metrics) // 10) :]
     row = {

@@ -6,6 +6,7 @@ in `state.json` proves that the data are still the same. Training draws no rando
 kept.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -18,12 +19,40 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib.files import UserError, shorten_path, write_json
+from lib.files import UserError, first_line, shorten_path, write_json
 from lib.training.policy import named_weights
 
 FOLDER = "checkpoints"
-SHARE_OF_TIME = 0.05  # checkpoints at evaluations may take this part of a run's time
+SHARE_OF_TIME = 0.05  # of the training that a checkpoint saves from being repeated: more it may not cost
+SHARE_AT_THE_END = 0.1  # the same before the last evaluation, the longest time in which a run can be stopped
+LONGEST = 600  # seconds of training without a checkpoint, where that share allows one
 BYTES_PER_SECOND = 1e9  # what the first one is taken to be written at
+
+
+class Schedule:
+    """When checkpoints are due: every `interval` steps (0: never), or with None as the time that they cost allows.
+
+    Then one is due at an evaluation, and after ten minutes anyway, if it takes at most 5 % of the time that has passed
+    since the last one or the start; before the last evaluation 10 % will do. 18 GB of a 1.5 B model take 18 s: a run
+    whose training takes less than three minutes writes none, and repeats its training if it is stopped.
+    """
+
+    def __init__(self, interval: int | None, evaluation_steps: set[int], size: int):
+        self.interval = interval
+        self.evaluation_steps = evaluation_steps
+        self.cost = size / BYTES_PER_SECOND  # seconds
+        self.last = time.perf_counter()
+
+    def due(self, step: int) -> bool:
+        if self.interval is not None:
+            return self.interval > 0 and step % self.interval == 0
+        since = time.perf_counter() - self.last
+        share = SHARE_AT_THE_END if step == max(self.evaluation_steps) else SHARE_OF_TIME
+        return self.cost <= share * since and (since >= LONGEST or step in self.evaluation_steps)
+
+    def written(self, seconds: float) -> None:
+        """Note how long the last checkpoint took; infinity where there is no room for any."""
+        self.cost, self.last = seconds, time.perf_counter()
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -33,7 +62,20 @@ def latest(run_dir: Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> dict:
     """What `save` was given as `state`."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
+    with _readable(checkpoint):
+        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: Path):
+    """UserError where a checkpoint, which is whole when it gets its name, was damaged since."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(
+            f"resume: the checkpoint {shorten_path(checkpoint)} can't be read ({first_line(error)}); "
+            "resume=False starts again"
+        ) from error
 
 
 def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, state: dict) -> float:
@@ -72,15 +114,17 @@ def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, state: di
 
 def restore(checkpoint: Path, policy: torch.nn.Module, optimizer) -> None:
     """Put policy and optimizer back to where they were at `save`."""
-    weights = load_file(checkpoint / "policy.safetensors")
+    with _readable(checkpoint):
+        weights = load_file(checkpoint / "policy.safetensors")
+        moved = load_file(checkpoint / "optimizer.safetensors")
+        values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     own = dict(named_weights(policy))
     if {name: tuple(t.shape) for name, t in own.items()} != {name: tuple(t.shape) for name, t in weights.items()}:
-        raise UserError(f"{shorten_path(str(checkpoint))}: its weights are not those of this model's architecture")
+        raise UserError(f"{shorten_path(checkpoint)}: its weights are not those of this model's architecture")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
-    values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     moments: dict[int, dict] = {}
-    for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+    for name, tensor in moved.items():
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})
@@ -108,7 +152,7 @@ def check_space(run_dir: Path, policy: torch.nn.Module) -> None:
     if free < needed:
         raise UserError(
             f"checkpoint_interval: two checkpoints take {needed / 1e9:.1f} GB, and the disk of "
-            f"{shorten_path(str(run_dir))} has {free / 1e9:.1f} GB free; free some, choose another runs_dir, or set "
+            f"{shorten_path(run_dir)} has {free / 1e9:.1f} GB free; free some, choose another runs_dir, or set "
             "checkpoint_interval=0 for no checkpoints (None makes them as long as there is room)"
         )
 

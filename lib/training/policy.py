@@ -17,9 +17,9 @@ PACKING_TOLERANCE = 0.1  # nats, in fp32, where 0.00001 is usual; what is refuse
 LOGITS_AT_ONCE = 1 << 27  # elements of the logits (tokens x vocabulary) that a backward pass holds
 
 
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the end-of-sequence token as padding where it has none of its own."""
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model={model!r}: its tokenizer has no end-of-sequence token, which the policy must learn")
     if tokenizer.pad_token_id is None:
@@ -27,7 +27,9 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
-def load_policy(model: str, device: str, trust_remote_code: bool = False) -> torch.nn.Module:
+def load_policy(
+    model: str, device: str, trust_remote_code: bool = False, revision: str | None = None
+) -> torch.nn.Module:
     """Load a causal LM from a hub id or a folder (safetensors only), in fp32, on `device`, without dropout.
 
     fp32 master weights: at the learning rates of fine-tuning most updates are smaller than bf16 can resolve.
@@ -35,7 +37,11 @@ def load_policy(model: str, device: str, trust_remote_code: bool = False) -> tor
     decoder's layers are compiled, all by one and the same program; a small model on a CPU would not win the time back.
     """
     policy = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        model,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
     )
     policy = policy.to(device).eval()  # no dropout: training draws no random numbers
     policy.set_attn_implementation(attention.NAME)

@@ -7,7 +7,7 @@ and the optimizer, as `train_steps` does for tuning and the benchmark, and `note
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,6 +17,8 @@ from torch.nn.utils import clip_grad_norm_
 from lib.settings import Optimization
 from lib.training.batching import Microbatch, Sequence, make_microbatches
 from lib.training.policy import backward, forward
+
+EVALUATED_AT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # shares of a run's steps
 
 
 class TrainingError(RuntimeError):
@@ -51,12 +53,12 @@ class Step:
     epoch: float
     waited: float  # seconds since the step before: for evaluations, syncs, checkpoints, drawing
     prepare_next: Callable[[], list[Microbatch]]
-    started: float = field(default_factory=time.perf_counter)
+    started: float
+    ended: float = math.nan
     loss: Tensor | float = 0.0
     entropy: Tensor | float = 0.0
     gradient_norm: float = math.nan
-    following: list[Microbatch] = field(default_factory=list)
-    ended: float = math.nan
+    following: list[Microbatch] | None = None
 
     @property
     def response_tokens(self) -> int:
@@ -176,6 +178,14 @@ def out_of_memory(settings: Optimization) -> str:
 
 
 def evaluation_steps(total_steps: int, eval_interval: int | None) -> set[int]:
-    """After which optimizer steps to evaluate: every `eval_interval`-th (None: five times a run) and the last."""
-    interval = eval_interval or max(1, math.ceil(total_steps / 5))
-    return {*range(interval, total_steps + 1, interval), total_steps}
+    """After which optimizer steps to evaluate: every `eval_interval`-th and the last.
+
+    None: at growing distances, because most is learned early, and at least five times if there are so many steps.
+    """
+    if eval_interval is not None:
+        return {*range(eval_interval, total_steps + 1, eval_interval), total_steps}
+    chosen = {max(1, round(share * total_steps)) for share in EVALUATED_AT}
+    for step in range(1, total_steps + 1):
+        if len(chosen) < 5:
+            chosen.add(step)
+    return chosen

@@ -23,6 +23,7 @@ from lib.training.batching import (
     make_microbatches,
     number_of_steps,
     pack,
+    pad,
     shared_prefix_length,
 )
 from lib.training.policy import backward, forward, load_policy, load_tokenizer, named_weights, response_log_probs
@@ -88,13 +89,6 @@ def test_microbatch_step_equals_cross_entropy_in_loss_and_gradient(model, tokeni
     torch.testing.assert_close(result["token_entropy"], entropy, rtol=1e-4, atol=1e-5)
 
 
-def padded(sequences, pad_token_id):
-    """The course's way: rows padded to the longest, and a mask."""
-    ids = [torch.tensor(s.token_ids) for s in sequences]
-    masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in sequences]
-    return losses.pad_and_shift(ids, masks, pad_token_id)
-
-
 @pytest.fixture(scope="module")
 def sequences(tokenizer):
     """Ten traces of uneven lengths whose prompts begin with the same tokens."""
@@ -115,7 +109,7 @@ def test_packed_sequences_equal_the_reference(tiny_model, tokenizer, sequences, 
     (log_probs * weights).sum().backward()
 
     reference = load_reference(tiny_model)
-    batch = padded(sequences, tokenizer.pad_token_id)
+    batch = pad(sequences, tokenizer.pad_token_id)
     result = losses.get_response_log_probs(reference, batch["input_ids"], batch["labels"], return_token_entropy=True)
     expected = result["log_probs"][batch["response_mask"]]
     (expected * weights).sum().backward()
@@ -141,7 +135,7 @@ def test_logits_made_part_by_part_have_the_same_gradients(tiny_model, tokenizer,
     policy, reference = load_policy(str(tiny_model), "cpu"), load_reference(tiny_model)
     for microbatch in make_microbatches(sequences, 600):
         backward(policy, forward(policy, microbatch, "fp32"), microbatch, 50.0, "fp32")
-    batch = padded(sequences, tokenizer.pad_token_id)
+    batch = pad(sequences, tokenizer.pad_token_id)
     result = losses.get_response_log_probs(reference, batch["input_ids"], batch["labels"])
     (-losses.masked_normalize(result["log_probs"], batch["response_mask"], 50.0)).backward()
     assert_same_gradients(policy, reference)
@@ -207,7 +201,7 @@ def test_a_step_equals_the_course_functions(config, data_dir, tiny_model):
     """
     _, batches, metrics = train(config, data_dir, tiny_model)
     tokenizer, model = load_tokenizer(str(tiny_model)), load_reference(tiny_model)
-    batch = padded(batches[0], tokenizer.pad_token_id)
+    batch = pad(batches[0], tokenizer.pad_token_id)
     result = losses.get_response_log_probs(model, batch["input_ids"], batch["labels"], return_token_entropy=True)
     tokens = batch["response_mask"].sum()
     loss, _ = losses.sft_microbatch_train_step(
@@ -356,8 +350,16 @@ def test_the_shortest_runs_train(parameters, data_dir, tiny_model, changed):
 
 def test_evaluation_steps():
     assert evaluation_steps(10, 4) == {4, 8, 10}
-    assert evaluation_steps(10, None) == {2, 4, 6, 8, 10}
-    assert evaluation_steps(1, None) == {1}
+    assert evaluation_steps(3, 4) == {3} and evaluation_steps(8, 4) == {4, 8}
+
+
+def test_evaluations_lie_close_where_most_is_learned():
+    assert evaluation_steps(1000, None) == {10, 20, 50, 100, 200, 400, 700, 1000}
+    assert evaluation_steps(127, None) == {1, 3, 6, 13, 25, 51, 89, 127}
+    assert evaluation_steps(10, None) == {1, 2, 4, 7, 10}
+    for total in range(1, 400):
+        steps = evaluation_steps(total, None)
+        assert len(steps) >= min(5, total) and max(steps) == total and min(steps) <= max(1, total / 50)
 
 
 def test_weights_are_named_once_without_compile_prefix(model):
