@@ -18,8 +18,8 @@ LONGEST_START = 60.0  # seconds of processor time
 PATROL = 5.0  # seconds between two looks whether the parent lives: a fork of it may keep the pipe open
 
 
-def main(descriptor: int, path: list[str], module: str, memory_bytes: int) -> None:
-    """Answer the questions that come through the pipe, until it closes or the parent process is gone."""
+def main(path: list[str], module: str, memory_bytes: int) -> None:
+    """Answer the questions that come through the pipe (descriptor 0), until it closes or the parent process is gone."""
     parent = os.getppid()
     sys.path[:] = path
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -31,20 +31,20 @@ def main(descriptor: int, path: list[str], module: str, memory_bytes: int) -> No
     are_equal("x+1", "1+x")  # imports sympy before a question's clock runs
     signal.setitimer(signal.ITIMER_PROF, 0)
 
-    with Connection(descriptor) as connection:
-        connection.send_bytes(b'"ready"')
-        while True:
-            while not connection.poll(PATROL):
-                if os.getppid() != parent:
-                    return
-            pairs, seconds = json.loads(connection.recv_bytes())
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-            try:
-                answer = all(are_equal(*pair) for pair in pairs)
-            except Exception:  # no memory, too deep, or an expression that sympy fails at: not decided
-                answer = None
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            connection.send_bytes(json.dumps(answer).encode())
+    connection = Connection(0)
+    connection.send_bytes(b'"ready"')
+    while True:
+        while not connection.poll(PATROL):
+            if os.getppid() != parent:
+                return
+        pairs, seconds = json.loads(connection.recv_bytes())
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            answer = all(are_equal(*pair) for pair in pairs)
+        except Exception:  # no memory, too deep, or an expression that sympy fails at: not decided
+            answer = None
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        connection.send_bytes(json.dumps(answer).encode())
 
 
 def limit_memory(memory_bytes: int) -> None:

@@ -112,6 +112,8 @@ def grade_in_detail(
 
 def check(responses, ground_truths, workers, timeout, memory_bytes) -> None:
     """Raise UserError for what `grade_in_detail` can't use."""
+    if isinstance(responses, str) or isinstance(ground_truths, str):
+        raise UserError("grade_many: responses and ground_truths must be lists, not one text")
     if len(responses) != len(ground_truths):
         raise UserError(f"grade_many: {len(responses)} responses but {len(ground_truths)} ground_truths")
     for number, response in enumerate(responses):

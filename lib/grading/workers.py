@@ -41,7 +41,6 @@ class Worker:
         self.pipe, theirs = connection.Pipe()
         with theirs:
             setup = {
-                "descriptor": theirs.fileno(),
                 "path": [str(PROJECT_ROOT), *sys.path],
                 "module": PROVER,
                 "memory_bytes": memory_bytes,
@@ -49,10 +48,9 @@ class Worker:
             command = [sys.executable, str(Path(__file__).with_name("prover.py")), json.dumps(setup)]
             self.process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
             )
         os.set_blocking(self.process.stderr.fileno(), False)
 

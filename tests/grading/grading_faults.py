@@ -1,11 +1,13 @@
-"""Ways in which a worker process can fail: this module stands in for `lib.grading.algebra` there (test_grading)."""
+"""Ways in which a worker process can fail: it stands in for `lib.grading.algebra` (test_worker_processes)."""
 
 import os
 import signal
+import time
 
 from lib.grading import algebra
 
-HANG, HANG_IN_C, MEMORY, KILLED, EXIT = "x+11", "x+12", "x+13", "x+14", "x+15"
+# Each is equal to a gold answer (x+11, ...), so that it reaches a worker.
+HANG, HANG_IN_C, MEMORY, KILLED, EXIT, WAIT = "11+x", "12+x", "13+x", "14+x", "15+x", "16+x"
 
 
 def are_equal(gold: str, answer: str) -> bool:
@@ -20,4 +22,6 @@ def are_equal(gold: str, answer: str) -> bool:
         os.kill(os.getpid(), signal.SIGKILL)
     if answer == EXIT:
         os._exit(3)
+    if answer == WAIT:
+        time.sleep(3)
     return algebra.are_equal(gold, answer)
