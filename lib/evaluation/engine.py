@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lib.evaluation.memory import Plan, card_memory, model_shape, plan_share
+from lib.evaluation.memory import Shape, card_memory, model_shape, plan_share
 from lib.evaluation.replica import EngineError, Generation, Replica, Sampling, start_replicas, start_thread
 from lib.logs import captured
 
@@ -110,19 +110,8 @@ def begin_vllm(
             # Nothing compiled and little cache (1 GiB): with nothing to warm up the engine starts in seconds.
             settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 128}
         else:
-            held = torch.cuda.memory_reserved(device) if device == train_device else 0  # not free any more
-            plan = plan_share(
-                *card_memory(device),
-                model_shape(model, trust_remote_code, revision),
-                share=gpu_memory_utilization,
-                engines=len(replicas),
-                precision_bytes=DTYPES[precision].itemsize,
-                max_model_len=max_model_len,
-                most_at_once=MOST_AT_ONCE // min(len(replicas), 2),
-                reserved=max(0, reserved_bytes - held),
-            )
-            settings |= _gpu_settings(plan)
-            settings["weight_transfer_config"] = {"backend": "ipc" if device == train_device else "nccl"}
+            shape = model_shape(model, trust_remote_code, revision)
+            settings |= _gpu_settings(engine, shape, max_model_len, gpu_memory_utilization, reserved_bytes)
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with engine.output_captured():
             for replica in replicas:
@@ -151,13 +140,26 @@ def wait_until_ready(engine: Engine) -> None:
     engine.start_seconds = time.perf_counter() - engine.started
 
 
-def _gpu_settings(plan: Plan) -> dict:
-    """A replica's memory on a GPU, and its CUDA graphs; an engine of some minutes would not win back compiling."""
+def _gpu_settings(engine: Engine, shape: Shape, max_model_len: int, share: float | None, reserved: int) -> dict:
+    """A replica's memory and CUDA graphs on a GPU; nothing is compiled, which would not pay in some minutes."""
+    one_gpu = engine.device == engine.train_device
+    held = torch.cuda.memory_reserved(engine.device) if one_gpu else 0  # by the policy: not free any more
+    plan = plan_share(
+        *card_memory(engine.device),
+        shape,
+        share=share,
+        engines=len(engine.replicas),
+        precision_bytes=DTYPES[engine.precision].itemsize,
+        max_model_len=max_model_len,
+        most_at_once=MOST_AT_ONCE // min(len(engine.replicas), 2),
+        reserved=max(0, reserved - held),
+    )
     sizes = [*(2**i for i in range(9)), *range(384, plan.at_once + 1, 128)]
     return {
         "gpu_memory_utilization": plan.share,  # refused at once where so much is not free
         "kv_cache_memory_bytes": plan.cache_bytes,
         "max_num_seqs": plan.at_once,
+        "weight_transfer_config": {"backend": "ipc" if one_gpu else "nccl"},
         "compilation_config": {
             "mode": 0,
             "cudagraph_mode": "FULL_AND_PIECEWISE",  # without compiling: see VLLM_USE_BREAKABLE_CUDAGRAPH in replica.py

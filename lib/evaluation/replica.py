@@ -31,7 +31,7 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings of an evaluation; temperature 0 is greedy decoding, `samples` the responses a problem."""
+    """Temperature 0 is greedy decoding; `samples`: responses a problem."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -120,10 +120,7 @@ class Replica:
 
 
 def start_replicas(device: str, train_device: str = "", engines: int | None = None) -> list[Replica]:
-    """Start the processes of `engines` on a GPU, which import vLLM while the caller goes on; none for the CPU.
-
-    None: three on a GPU of its own where there are cores for them, otherwise one.
-    """
+    """Start the processes of `engines` (None: three on a GPU of its own, if there are cores, else one); none on CPU."""
     if device == "cpu":
         return []
     cores = sorted(os.sched_getaffinity(0))
@@ -135,10 +132,7 @@ def start_replicas(device: str, train_device: str = "", engines: int | None = No
 
 
 def start_process(device: str, cores: list[int]) -> Replica:
-    """Start one engine's process, which uses the given cores and sees no GPU but its own.
-
-    It ends with the thread that starts it (see `worker.main`), so that has to be one that lives as long as the engine.
-    """
+    """Start one engine's process. It ends with the calling thread, which must live as long as the engine."""
     ours, theirs = Pipe()
     output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (open as long as the process may print)
     paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]

@@ -1,16 +1,13 @@
 """The policy's weights on their way into the engine, and the proof that they arrived.
 
-Three ways, none over the disk:
-    two GPUs   vLLM's NCCL weight transfer, from the policy's GPU into each replica's process
-    one GPU    the same through CUDA IPC: a replica reads the policy's memory
-    CPU        the replica reloads them
+None goes over the disk: vLLM's NCCL weight transfer between two GPUs, CUDA IPC on one, and their bytes on the CPU.
 """
 
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
-from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -48,25 +45,6 @@ def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> f
     return time.perf_counter() - started
 
 
-@dataclass
-class _Client:
-    """What vLLM's trainer side asks of the inference side, handed on to a replica."""
-
-    replica: Replica
-
-    def init_weight_transfer_engine(self, init_info: dict) -> None:
-        self.replica.call("ask", "init_weight_transfer_engine", {"init_info": init_info})
-
-    def start_weight_update(self) -> None:
-        self.replica.call("ask", "start_weight_update")
-
-    def update_weights(self, update_info) -> None:
-        self.replica.call("ask", "update_weights", {"update_info": update_info})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.replica.call("ask", "finish_weight_update", weight_version)
-
-
 def _send_to_gpu(policy: torch.nn.Module, engine: Engine) -> None:
     """Send the policy's weights in the engine's precision: in bf16 half the bytes of the fp32 master weights."""
     from vllm.distributed.weight_transfer.base import ModuleSource
@@ -87,10 +65,7 @@ def _send_to_gpu(policy: torch.nn.Module, engine: Engine) -> None:
 
 
 def _open_transfer(engine: Engine, replica: Replica, source):
-    """vLLM's weight transfer to a replica: IPC on one GPU, NCCL between two, in a group of policy and replica.
-
-    Replicas on one GPU can't be ranks of one NCCL group.
-    """
+    """vLLM's weight transfer to a replica. Replicas on one GPU can't be ranks of one NCCL group: each has its own."""
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -101,7 +76,14 @@ def _open_transfer(engine: Engine, replica: Replica, source):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             free_port = listener.getsockname()[1]
         info = NCCLTrainerInitInfo("127.0.0.1", free_port, 2, rank=0)
-    return WeightTransferTrainerFactory.trainer_init(info, client=_Client(replica), source=source)
+    ask = partial(replica.call, "ask")
+    client = SimpleNamespace(
+        init_weight_transfer_engine=lambda info: ask("init_weight_transfer_engine", {"init_info": info}),
+        start_weight_update=lambda: ask("start_weight_update"),
+        update_weights=lambda info: ask("update_weights", {"update_info": info}),
+        finish_weight_update=lambda: ask("finish_weight_update"),
+    )
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
 
 def _watched(engine: Engine, call: Callable):
