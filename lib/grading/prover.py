@@ -1,8 +1,8 @@
 """A worker process: `workers.py` runs this file in an interpreter of its own, which answers questions until its end.
 
-A question is a tuple of pairs (gold, answer) that must all be equal, with its limits. The answer is True, False, or None
-where the memory or the depth that algebra needs is not there. What needs more processor time than allowed ends the
-process: the timer's signal is handled by the kernel, so it stops a computation in C as well.
+A question is a tuple of pairs (gold, answer) that must all be equal. The answer is True, False, or None where the
+memory or the depth that algebra needs is not there. What needs more processor time than allowed ends the process: the
+timer's signal is handled by the kernel, so it stops a computation in C as well.
 """
 
 import importlib
@@ -25,7 +25,6 @@ def main() -> None:
     try:
         are_equal = importlib.import_module(module).are_equal
         are_equal("x+1", "1+x")  # imports sympy before a question's clock runs
-        connection.send(None)
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
         return
@@ -44,6 +43,7 @@ def main() -> None:
         except Exception:  # no memory, too deep, or an expression that sympy fails at: not decided
             answer = None
         signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         connection.send(answer)
 
 

@@ -7,19 +7,20 @@ that is when its parent ends, in whatever way.
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 from lib.files import PROJECT_ROOT
 
 SMALLEST_MEMORY = 256 << 20  # bytes: sympy alone takes a good part of it
 MOST_WORKERS = 8
-ATTEMPTS = 3  # to start a worker: it may have been killed from outside
 PATIENCE = 300.0  # seconds by the clock for what takes a few of processor time: only a stopped process takes longer
+CANNOT_START = "grade_many: the worker processes can't start"
 PROVER = "lib.grading.algebra"  # the module whose `are_equal` answers
 
 _pool = []  # idle workers; a thread that asks one takes it out
@@ -30,18 +31,15 @@ class Worker:
 
     def __init__(self):
         self.pipe, theirs = connection.Pipe()
+        command = [sys.executable, str(Path(__file__).with_name("prover.py"))]
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("prover.py"))],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            self.process = Popen(command, stdin=theirs.fileno(), stdout=DEVNULL, stderr=DEVNULL)
+        self.pipe.send(([str(PROJECT_ROOT), *sys.path], PROVER))
 
-    def ask(self, *message):
-        """Send a message and return the reply. Raises EOFError or OSError where the process is gone or stands still."""
-        self.pipe.send(message)
-        deadline = time.monotonic() + PATIENCE
+    def ask(self, question: tuple, timeout: float, memory_bytes: int) -> bool | str | None:
+        """Return the answer, or why it can't start. Raises EOFError or OSError where it is gone or stands still."""
+        self.pipe.send((question, timeout, memory_bytes))
+        deadline = time.monotonic() + PATIENCE + timeout
         while not self.pipe.poll(1.0):  # a fork of this process may keep a dead worker's pipe open
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise EOFError
@@ -54,30 +52,35 @@ class Worker:
         return self.process.wait()
 
 
-def start_worker() -> Worker:
-    """Return a new worker that is ready. Raises RuntimeError with the reason where none can start."""
-    for _ in range(ATTEMPTS):
-        try:
-            worker = Worker()
-        except OSError as error:
-            reason = error
-            continue
-        try:
-            reason = worker.ask([str(PROJECT_ROOT), *sys.path], PROVER)
-            if reason is None:
-                return worker
-            worker.stop()
-        except (EOFError, OSError):
-            reason = f"exit status {worker.stop()}"
-    raise RuntimeError(f"grade_many: the worker processes can't start: {reason}")
-
-
 def idle_worker() -> Worker:
     """Take a worker of an earlier question, or a new one."""
     try:
         return _pool.pop(0)
     except IndexError:
-        return start_worker()
+        return Worker()
+
+
+def ask_worker(question: tuple, timeout: float, memory_bytes: int) -> bool | None:
+    """Ask one worker, and a new one where it dies: it may have been killed from outside. For None see `ask_workers`."""
+    for take in (idle_worker, Worker):
+        try:
+            worker = take()
+        except OSError as error:
+            raise RuntimeError(f"{CANNOT_START}: {error}") from error
+        try:
+            answer = worker.ask(question, timeout, memory_bytes)
+        except (EOFError, OSError):
+            status = worker.stop()
+            if status == 1:
+                raise RuntimeError(f"{CANNOT_START}: exit status 1") from None
+            if status == -signal.SIGPROF:
+                break
+        else:
+            if isinstance(answer, str):
+                raise RuntimeError(f"{CANNOT_START}: {answer}")
+            _pool.append(worker)
+            return answer
+    return None
 
 
 def ask_workers(
@@ -85,26 +88,15 @@ def ask_workers(
 ) -> dict[tuple, bool | None]:
     """Have worker processes answer the questions, each in `timeout` seconds of processor time and `memory_bytes`.
 
-    None stands for what was not decided: it hit a limit, or its worker died twice (the first may have been killed from
-    outside, so a new one is asked). Raises RuntimeError with the reason where no worker can start.
+    None stands for what was not decided: it hit a limit, or its worker died twice. Raises RuntimeError with the reason
+    where no worker can start.
     """
-
-    def answer(question: tuple) -> bool | None:
-        for take in (idle_worker, start_worker):
-            worker = take()
-            try:
-                verdict = worker.ask(question, timeout, memory_bytes)
-            except (EOFError, OSError):
-                if worker.stop() == -signal.SIGPROF:
-                    break
-            else:
-                _pool.append(worker)
-                return verdict
-        return None
-
+    ask = partial(ask_worker, timeout=timeout, memory_bytes=memory_bytes)
     size = min(workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS), len(questions))
+    if size == 1:
+        return {question: ask(question) for question in questions}
     with ThreadPool(size) as threads:
-        return dict(zip(questions, threads.imap(answer, questions), strict=True))
+        return dict(zip(questions, threads.imap(ask, questions), strict=True))
 
 
 def stop_workers() -> None:
