@@ -341,7 +341,7 @@ from lib.grading import grade_in_detail as grade
 def hunt(stop):
     while not stop.is_set():
         for child in psutil.Process().children(recursive=True):
-            if "multiprocessing" in " ".join(child.cmdline()) and "resource_tracker" not in " ".join(child.cmdline()):
+            if "prover.py" in " ".join(child.cmdline()):
                 child.kill()
                 stop.set()
         time.sleep(0.001)

@@ -53,14 +53,11 @@ def is_algebra(gold: str, answer: str) -> bool:
 
 
 @functools.lru_cache(maxsize=10_000)
-def parse(text: str) -> ast.expr | None:
-    """Return the syntax tree of an expression that passed `is_algebra`, or None where it has no meaning ("2+*3")."""
+def parse(text: str) -> ast.expr:
+    """Return the syntax tree of an expression that passed `is_algebra`, or raise SyntaxError ("2+*3")."""
     for pattern, replacement in TO_PYTHON:
         text = re.sub(pattern, replacement, text)
-    try:
-        return ast.parse(text, mode="eval").body
-    except (SyntaxError, MemoryError, RecursionError):
-        return None
+    return ast.parse(text, mode="eval").body
 
 
 def build(node: ast.expr, number, letter, root):
@@ -86,14 +83,11 @@ def may_be_equal(gold: str, answer: str) -> bool:
     def letter(name):
         return mp.pi if name == "pi" else mp.mpf(ord(name)) / 89 - 1 / mp.sqrt(7)  # any point will do
 
-    trees = parse(gold), parse(answer)
-    if None in trees:
-        return False
     with mp.workdps(50):
         try:
-            gold_value, answer_value = (build(tree, mp.mpf, letter, mp.root) for tree in trees)
+            gold_value, answer_value = (build(parse(text), mp.mpf, letter, mp.root) for text in (gold, answer))
             return abs(gold_value - answer_value) <= mp.mpf(10) ** -30 * (1 + abs(gold_value))
-        except (ArithmeticError, ValueError):  # division by zero, say
+        except (ArithmeticError, ValueError, SyntaxError, MemoryError, RecursionError):  # no value, no meaning
             return False
 
 
@@ -104,8 +98,5 @@ def are_equal(gold: str, answer: str) -> bool:
     def letter(name):
         return sympy.pi if name == "pi" else sympy.Symbol(name)
 
-    trees = parse(gold), parse(answer)
-    if None in trees:
-        return False
-    gold_value, answer_value = (build(tree, sympy.Integer, letter, sympy.root) for tree in trees)
+    gold_value, answer_value = (build(parse(text), sympy.Integer, letter, sympy.root) for text in (gold, answer))
     return sympy.simplify(gold_value - answer_value) == 0

@@ -4,9 +4,9 @@
     answer    what follows the last `<answer>`, without `</answer>`; of `\\boxed{...}` in it, what the last one holds
     verdict   1. the same text in one spelling   2. the same plain numbers   3. the same expression by algebra
 
-Steps 1 and 2 (`answers.py`) are text only and settle nearly all. Step 3 (`algebra.py`) has sympy prove small expressions
-equal, in worker processes. math-verify doesn't serve here: it hands text to Python's `eval`, its time limit needs the
-main thread, and 0.333333 would pass for 1/3.
+Steps 1 and 2 (`answers.py`) are text only and settle nearly all; for step 3 (`algebra.py`) sympy works in processes of
+its own. math-verify doesn't serve here: it hands text to Python's `eval`, its time limit needs the main thread, and
+0.333333 would pass for 1/3.
 """
 
 import itertools
@@ -20,6 +20,8 @@ from lib.files import UserError
 from lib.grading.answers import compare, holds_units_only
 from lib.grading.workers import SMALLEST_MEMORY, ask_workers
 
+SETTLED = ()  # the question whose answer is yes
+
 # The lenient reading
 LENIENT_TAG = re.compile(r"<\s*(/?)\s*answer\s*>", re.IGNORECASE)
 LAST_CHARACTERS = 4000  # of a response, in which its last number is looked for
@@ -31,9 +33,8 @@ SENTENCE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,} +[a-zA-Z]{2,}")
 class Grade:
     """How one response was graded.
 
-    `form`: it has the form. `correct`: form and right answer, the course's reward. `undecided`: not correct only
-    because a limit of time or memory was hit, or the worker process died. `lenient`: right by the lenient reading
-    (`read_leniently`), which never enters accuracy.
+    `correct`: form and right answer, the course's reward. `undecided`: not correct only because a limit of time or
+    memory was hit, or the worker process died. `lenient`: right by `read_leniently`, which never enters accuracy.
     """
 
     form: bool
@@ -74,21 +75,13 @@ def grade_in_detail(
         judge(response, gold_answers(gold, f"grade_many: ground_truths[{number}]"))
         for number, (response, gold) in enumerate(zip(responses, ground_truths, strict=True))
     ]
-    open_verdicts = [verdict for _, *verdicts in judged for verdict in verdicts if isinstance(verdict, list)]
-    questions = sorted({question for verdict in open_verdicts for question in verdict})
-    equal = ask_workers(questions, workers, timeout, memory_bytes) if questions else {}
-
-    def settle(verdict) -> bool | None:
-        if isinstance(verdict, bool):
-            return verdict
-        answers = [equal[question] for question in verdict]
-        return True in answers or (None if None in answers else False)
-
+    questions = {question for _, *readings in judged for reading in readings for question in reading} - {SETTLED}
+    equal = {SETTLED: True} | (ask_workers(sorted(questions), workers, timeout, memory_bytes) if questions else {})
     grades = []
-    for form, verdict, lenient_verdict in judged:
-        correct = settle(verdict)
-        lenient = correct or settle(lenient_verdict)
-        grades.append(Grade(form, correct is True, undecided=correct is None, lenient=lenient is True))
+    for form, *readings in judged:
+        strict, lenient = ({equal[question] for question in reading} for reading in readings)
+        undecided = None in strict and True not in strict
+        grades.append(Grade(form, True in strict, undecided, lenient=True in strict | lenient))
     return grades
 
 
@@ -174,22 +167,18 @@ def gold_answers(ground_truth, name: str = "ground_truth") -> list[str]:
     return golds
 
 
-def judge(response: str, golds: list[str]) -> tuple[bool, bool | list[tuple], bool | list[tuple]]:
-    """Return the form, the verdict by the course's rule and the verdict by the lenient reading."""
+def judge(response: str, golds: list[str]) -> tuple[bool, list[tuple], list[tuple]]:
+    """Return the form, and the questions that decide about the answer and about its lenient reading."""
     form = "</think> <answer>" in response and "</answer>" in response
     answer, reading = extract_answer(response) if form else None, read_leniently(response)
-    verdict = judge_answer(answer, golds)
-    return form, verdict, verdict if verdict is True or reading == answer else judge_answer(reading, golds)
+    asked = questions_about(answer, golds)
+    return form, asked, asked if asked == [SETTLED] or reading == answer else questions_about(reading, golds)
 
 
-def judge_answer(answer: str | None, golds: list[str]) -> bool | list[tuple]:
-    """Judge by spelling and numbers: True, False, or the questions of which one must be answered with yes.
+def questions_about(answer: str | None, golds: list[str]) -> list[tuple]:
+    """Return the questions of which one must be answered with yes: `SETTLED` for a right answer, none for a wrong one.
 
-    A question is a tuple of (gold, answer) expressions that must all be equal by algebra.
+    A question is a tuple of pairs (gold, answer) of expressions that must all be equal by algebra.
     """
-    if answer is None:
-        return False
-    verdicts = [compare(gold, answer) for gold in golds]
-    if any(verdict is True for verdict in verdicts):
-        return True
-    return [tuple(verdict) for verdict in verdicts if verdict] or False
+    verdicts = [compare(gold, answer) for gold in golds] if answer is not None else []
+    return [SETTLED] if True in verdicts else [tuple(verdict) for verdict in verdicts if verdict]

@@ -52,19 +52,13 @@ class Worker:
         return self.process.wait()
 
 
-def idle_worker() -> Worker:
-    """Take a worker of an earlier question, or a new one."""
-    try:
-        return _pool.pop(0)
-    except IndexError:
-        return Worker()
-
-
 def ask_worker(question: tuple, timeout: float, memory_bytes: int) -> bool | None:
-    """Ask one worker, and a new one where it dies: it may have been killed from outside. For None see `ask_workers`."""
-    for take in (idle_worker, Worker):
+    """Ask an idle worker, then new ones: what died may have been killed from outside. For None see `ask_workers`."""
+    for take in (lambda: _pool.pop(0), Worker, Worker):
         try:
             worker = take()
+        except IndexError:  # none is idle
+            continue
         except OSError as error:
             raise RuntimeError(f"{CANNOT_START}: {error}") from error
         try:
@@ -88,7 +82,7 @@ def ask_workers(
 ) -> dict[tuple, bool | None]:
     """Have worker processes answer the questions, each in `timeout` seconds of processor time and `memory_bytes`.
 
-    None stands for what was not decided: it hit a limit, or its worker died twice. Raises RuntimeError with the reason
+    None stands for what was not decided: it hit a limit, or two new workers died. Raises RuntimeError with the reason
     where no worker can start.
     """
     ask = partial(ask_worker, timeout=timeout, memory_bytes=memory_bytes)
