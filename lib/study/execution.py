@@ -11,18 +11,23 @@ from pathlib import Path
 
 import nbformat
 import psutil
+import yaml
 
 from lib.files import PROJECT_ROOT, UserError, shorten_path
 
-MARK = "SFT_STUDY_FOLDER"  # in the environment of every process started here: the folder that it works for
+FOLDER, OWNER = "SFT_STUDY_FOLDER", "SFT_STUDY_OWNER"  # in the environment of every process started here
 GRACE = 15  # seconds that an interrupted notebook has to shut its kernel down before it is killed
 POLL = 0.3  # seconds between two looks at running notebooks
-# Pages stand alone (no script or font from elsewhere) and are as wide as a text should be.
-PAGE_STYLE = """<style>
-body { max-width: 860px; margin: 0 auto !important }
-.jp-RenderedMarkdown table { font-size: 12.5px }
-.jp-RenderedMarkdown table td { white-space: nowrap }
-</style>"""
+# papermill must not outlive the process that watches it, however that ends (PR_SET_PDEATHSIG, Linux only).
+PAPERMILL = """
+import ctypes, os, runpy, signal, sys
+owner = int(sys.argv.pop(1))
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != owner:
+        sys.exit("the study ended before its notebook began")
+runpy.run_module("papermill", run_name="__main__", alter_sys=True)
+"""
 
 
 def notebook_parameters(notebook: Path) -> dict:
@@ -38,7 +43,7 @@ def read_value(text: str, otherwise=None):
     """A Python literal, or `otherwise` where the text is none."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it raises for some text
         return otherwise
 
 
@@ -47,16 +52,16 @@ class Execution:
 
     The executed notebook appears under `output` only when it is whole; a failed one as `<name>.failed.ipynb`, with what
     its process printed in `<name>.log`. Whatever happens in between, `end` leaves nothing of it behind.
+    `owner`: the folder that it works for.
     """
 
-    def __init__(self, notebook: Path, output: Path, parameters: dict, owner: Path):
+    def __init__(self, notebook: Path, output: Path, parameters: dict, owner: Path, environment: dict | None = None):
         self.output, self.owner = output, owner
+        self.environment = os.environ if environment is None else environment
         self.partial = output.with_name(f".{output.stem}.partial.ipynb")
         self.log = output.with_suffix(".log")
-        self.command = [sys.executable, "-m", "papermill", str(notebook), str(self.partial)]
-        self.command += ["--no-progress-bar", "--log-level", "WARNING"]
-        for name, value in parameters.items():
-            self.command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
+        self.command = [sys.executable, "-c", PAPERMILL, str(os.getpid()), str(notebook), str(self.partial)]
+        self.command += ["--no-progress-bar", "--log-level", "WARNING", "-y", yaml.safe_dump(parameters)]
         self.process: subprocess.Popen | None = None
         self.sessions: set[int] = set()  # of every process seen below it
 
@@ -65,7 +70,7 @@ class Execution:
             self.process = subprocess.Popen(
                 self.command,
                 cwd=PROJECT_ROOT,
-                env={**os.environ, MARK: str(self.owner), "PYTHONUNBUFFERED": "1"},
+                env={**self.environment, FOLDER: str(self.owner), OWNER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
@@ -88,10 +93,10 @@ class Execution:
             self.log.unlink()
             failed.unlink(missing_ok=True)
             return None
-        reason = failure(self.partial, self.log, self.process.returncode)
-        if self.partial.is_file():
+        notebook = read_notebook(self.partial)
+        if notebook is not None:
             publish(self.partial, failed)
-        return reason
+        return failure(notebook, self.log, self.process.returncode)
 
 
 def execute(notebook: Path, output: Path, parameters: dict, owner: Path) -> str | None:
@@ -129,15 +134,10 @@ def end(executions: list[Execution]) -> None:
 def sessions_below(pid: int) -> set[int]:
     """Process sessions of a process and all its descendants: a kernel has its own, and its engine lives in it."""
     sessions = set()
-    try:
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return sessions
-    for process in family:
-        try:
-            sessions.add(os.getsid(process.pid))
-        except ProcessLookupError:
-            continue
+    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                sessions.add(os.getsid(process.pid))
     return sessions - {os.getsid(0)}
 
 
@@ -145,26 +145,37 @@ def kill_sessions(sessions: set[int]) -> int:
     """SIGKILL every process of these sessions; how many there were."""
     killed = []
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
             if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
                 process.kill()
                 killed.append(process)
-        except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
-            continue
     psutil.wait_procs(killed, timeout=5)
     return len(killed)
 
 
 def sweep(folder: Path) -> int:
-    """End processes that a killed study of this folder left behind; how many there were."""
+    """End what works for this folder although the process that started it was killed; how many processes there were."""
     sessions = set()
     for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == str(folder):
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            marks = process.environ()
+            if marks.get(FOLDER) == str(folder) and not is_alive(int(marks.get(OWNER, 0))):
                 sessions.add(os.getsid(process.pid))
-        except (psutil.Error, ProcessLookupError):
-            continue
     return kill_sessions(sessions - {os.getsid(0)})
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode | None:
+    """A notebook, or None where there is none or only a part of one: papermill was killed while it wrote."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (FileNotFoundError, ValueError):  # nbformat's errors are ValueErrors
+        return None
 
 
 def publish(partial: Path, output: Path) -> None:
@@ -176,13 +187,12 @@ def publish(partial: Path, output: Path) -> None:
     partial.replace(output)
 
 
-def failure(partial: Path, log: Path, code: int) -> str:
+def failure(notebook: nbformat.NotebookNode | None, log: Path, code: int) -> str:
     """Why a notebook failed, in one line: its error, or the last thing that its process printed."""
-    if partial.is_file():
-        for cell in nbformat.read(partial, as_version=4).cells:
-            for output in cell.get("outputs", []):
-                if output.output_type == "error":
-                    return one_line(f"{output.ename}: {output.evalue}")
+    for cell in notebook.cells if notebook is not None else []:
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                return one_line(f"{output.ename}: {output.evalue}")
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     how = f"ended by signal {-code}" if code < 0 else f"exit status {code}"
     return one_line(f"{lines[-1].strip() if lines else 'papermill said nothing'} ({how})")
@@ -191,16 +201,3 @@ def failure(partial: Path, log: Path, code: int) -> str:
 def one_line(text: str) -> str:
     line = " ".join(text.split()).replace(f"{PROJECT_ROOT}/", "")
     return line if len(line) <= 400 else line[:399] + "…"
-
-
-def to_html(notebook: nbformat.NotebookNode, output: Path, title: str) -> None:
-    """A notebook's texts and outputs as one HTML file that needs nothing else; its code stays in the notebook."""
-    from nbconvert import HTMLExporter
-
-    hidden = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
-    exporter = HTMLExporter(**hidden, embed_images=True)
-    exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""
-    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
-    temporary = output.with_name(f".{output.name}.partial")
-    temporary.write_text(page.replace("</head>", f"{PAGE_STYLE}\n</head>", 1), encoding="utf-8")
-    temporary.replace(output)

@@ -1,8 +1,7 @@
-"""Tuning: learning rate x batch size on the full set by short runs, on problems that the final numbers don't use."""
+"""Trains and evaluates the points of a tuning grid, on problems that the final numbers don't use."""
 
 import copy
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,23 +9,20 @@ from pathlib import Path
 import torch
 
 from lib.evaluation import engine as engines
-from lib.evaluation.evaluate import evaluate, summarize
+from lib.evaluation.evaluate import summarize
 from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
-from lib.files import UserError, read_lines, shorten_path, write_json, write_lines
+from lib.files import UserError, append_lines, read_lines, shorten_path, write_lines
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
-from lib.report.numbers import told_apart
-from lib.run.life_cycle import PROOF_PROMPTS, prepare, start_engine
+from lib.run.evaluations import PROOF_PROMPTS, answer
+from lib.run.prepare import prepare, start_engine
 from lib.settings import INCIDENTAL, RunConfig, changed_settings
+from lib.study.choice import CHOSEN, records_file
 from lib.training.policy import load_policy
 from lib.training.steps import make_optimizer, train_steps
 
-# What is tried where the notebook leaves it open.
-GRIDS = {
-    "math": {"learning_rates": [1e-5, 4e-5, 1e-4], "batch_sizes": [32, 64]},
-    "mini": {"learning_rates": [5e-4, 1e-3, 2e-3], "batch_sizes": [8, 16]},
-}
-KEPT = ("n", "correct", "accuracy", "accuracy_low", "accuracy_high", "format_rate")
+SUMMARIZED = ("n", "correct", "accuracy", "accuracy_low", "accuracy_high", "format_rate")
+RECORDED = ("id", "correct", "format", "verdict", "tokens")
 
 
 def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int], folder: Path) -> Iterator[dict]:
@@ -35,11 +31,9 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
     One engine and one copy of the base's weights serve all points; points that the file already has are yielded from
     it. `config.eval_split` should be 'tuning', so that nothing is chosen on validation problems.
     """
-    for name, values, kind in (("learning_rates", learning_rates, float), ("batch_sizes", batch_sizes, int)):
-        if not values or not all(isinstance(value, kind) and value > 0 for value in values):
-            hint = " (YAML takes 1e-5 for a text: write 1.0e-5)" if kind is float else ""
-            raise UserError(f"{name}={values!r}: must be a list of positive numbers of type {kind.__name__}{hint}")
-    (folder / "records").mkdir(parents=True, exist_ok=True)
+    check_grid(learning_rates, batch_sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "records").mkdir(exist_ok=True)
     path, log_file = folder / "tuning.jsonl", folder / "run.log"
     rows = read_lines(path)
     _refuse_other_settings(rows, config, path)
@@ -54,7 +48,7 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
         return
     quiet_libraries(log_file)
     with captured(log_file):
-        policy = load_policy(config.model, config.train_device, config.trust_remote_code)
+        policy = load_policy(config.model, config.train_device, config.trust_remote_code, config.revision)
     base = copy.deepcopy(policy.state_dict())
     engine = start_engine(runs[left[0]], log_file)
     try:
@@ -62,17 +56,25 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
             policy.load_state_dict(base)
             row, records = _train_and_evaluate(policy, engine, runs[point])
             write_lines(records_file(folder, row), records)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_lines(path, [row])
             yield row
     finally:
         engines.shutdown(engine)
         stop_workers()
 
 
+def check_grid(learning_rates: list[float], batch_sizes: list[int]) -> None:
+    """UserError where a grid is made of anything but numbers."""
+    for name, values, kind in (("learning_rates", learning_rates, float), ("batch_sizes", batch_sizes, int)):
+        fine = isinstance(values, list) and all(type(value) is kind and 0 < value < float("inf") for value in values)
+        if not values or not fine:
+            hint = " (YAML takes 1e-5 for a text: write 1.0e-5)" if kind is float else ""
+            raise UserError(f"{name}={values!r}: must be a list of positive numbers of type {kind.__name__}{hint}")
+
+
 def _settings(config: RunConfig) -> dict:
     """What all points of a grid share."""
-    return {k: v for k, v in config.to_dict().items() if k not in INCIDENTAL | {"learning_rate", "batch_size"}}
+    return {k: v for k, v in config.to_dict().items() if k not in INCIDENTAL | {*CHOSEN}}
 
 
 def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> None:
@@ -80,7 +82,7 @@ def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> N
     asked = _settings(config)
     for number, row in enumerate(rows, start=1):
         made = row.get("settings", {})
-        if changed := changed_settings(dict.fromkeys(asked) | made, asked):
+        if changed := changed_settings(made, asked) or not made:
             raise UserError(
                 f"{shorten_path(str(path))}, line {number}: made with other settings "
                 f"({'; '.join(changed) if made else 'it does not say which'}); ask for the same, choose another "
@@ -91,14 +93,12 @@ def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> N
 def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> tuple[dict, list[dict]]:
     """The line of one point of the grid, and a record (without its text) for each tuning problem."""
     config, started = run.config, time.perf_counter()
-    optimizer, scheduler = make_optimizer(policy, config, len(run.batches))
-    metrics = list(train_steps(policy, optimizer, scheduler, run.batches, config, run.sizes["selected"]))
+    optimizer = make_optimizer(policy, config.weight_decay)
+    metrics = list(train_steps(policy, optimizer, run.batches, config.optimization, run.sizes["selected"]))
     load_policy_into_vllm_instance(policy, engine)
     prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
-    chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]
-    sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
-    problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
-    records = evaluate(engine, problems, prompts, {"sampled": sampling}, config.seed)["sampled"].records
+    run.engine = engine
+    records = answer(run, final=False, seed=config.seed)["sampled"].records
     summary = summarize(records)
     last = metrics[-max(1, len(metrics) // 10) :]
     row = {
@@ -106,32 +106,10 @@ def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) ->
         "batch_size": config.batch_size,
         "epochs": config.epochs,
         "train_steps": len(metrics),
-        **{key: summary[key] for key in KEPT},
+        **{key: summary[key] for key in SUMMARIZED},
         "final_loss": sum(m["loss"] for m in last) / len(last),
         "seconds": time.perf_counter() - started,
         "seed": config.seed,
         "settings": _settings(config),
     }
-    kept = ("id", "correct", "format", "verdict", "tokens")
-    return row, [{key: record[key] for key in kept} for record in records]
-
-
-def records_file(folder: Path, row: dict) -> Path:
-    """Where the records of a point are: points are compared on the same problems."""
-    return folder / "records" / f"{row['learning_rate']:g}-{row['batch_size']}.jsonl.gz"
-
-
-def choose(rows: list[dict], folder: Path) -> dict:
-    """The point of highest accuracy, written to `choice.json` with the reason and the points it can't be told from."""
-    best = max(rows, key=lambda row: row["accuracy"])
-    close = [r for r in rows if r is not best and not told_apart(r, best)]
-    why = (
-        f"highest accuracy, {best['accuracy']:.1%} ({best['accuracy_low']:.1%} to {best['accuracy_high']:.1%}), "
-        f"of {len(rows)} points on {best['n']} tuning problems (epochs: {best['epochs']:g})"
-    )
-    if close:
-        points = ", ".join(f"{r['learning_rate']:g} x {r['batch_size']} ({r['accuracy']:.1%})" for r in close)
-        why += f"; Fisher's exact test can't tell it from {points} at the 5 % level"
-    choice = {"learning_rate": best["learning_rate"], "batch_size": best["batch_size"], "why": why}
-    write_json(folder / "choice.json", choice)
-    return choice
+    return row, [{key: record[key] for key in RECORDED} for record in records]

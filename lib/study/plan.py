@@ -1,0 +1,161 @@
+"""What a study makes: its runs by name and parameters, and whether what is there already belongs to it."""
+
+import difflib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lib.files import PROJECT_ROOT, UserError, absolute, is_finished, read_json, shorten_path
+from lib.settings import changed_settings, default_run_name, resolve
+
+TRAIN_NOTEBOOK = PROJECT_ROOT / "notebooks/train.ipynb"
+SIZES = ("128", "256", "512", "1024", "all", "filtered")
+OWN_ARGUMENTS = {"n": "--sizes", "filtered": "--sizes", "seed": "--seeds", "runs_dir": "--runs-dir"}
+FOLDERS = ("model", "data_dir", "prompt_template")  # parameters that name a folder or a file
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One notebook to execute: the run's name, and every parameter that is passed to it."""
+
+    name: str
+    parameters: dict
+    notebook: Path
+
+    def is_finished(self, folder: Path) -> bool:
+        return is_finished(folder / self.name)
+
+    def is_kept(self, folder: Path) -> bool:
+        """Whether the study has nothing to do for this run."""
+        return self.is_finished(folder) and not self.parameters.get("overwrite")
+
+    def steps(self, folder: Path) -> tuple[int, int]:
+        """Optimizer steps that are made, and that there will be: 0 as long as that is not known."""
+        total = read_json(folder / self.name / "config.json").get("data", {}).get("train_steps") or 0
+        metrics = folder / self.name / "metrics.jsonl"
+        return (metrics.read_bytes().count(b"\n") if metrics.is_file() else 0), total
+
+
+def plan(runs_dir, sizes=SIZES, seeds=(0,), shared=None, counts=None) -> list[PlannedRun]:
+    """The runs of a study in the order in which they are made, each once.
+
+    `shared`: parameters of all runs; `counts`: examples by kind (`count_examples`), which the size 'control' needs.
+    UserError for a size that doesn't exist.
+    """
+    runs = {}
+    for seed in seeds:
+        for size in sizes:
+            n, filtered = read_size(size, counts)
+            name = default_run_name(n, filtered, seed)
+            own = {"n": n, "filtered": filtered, "seed": seed, "run_name": name}
+            parameters = {**(shared or {}), **own, "runs_dir": shorten_path(str(runs_dir))}
+            runs[name] = PlannedRun(name, parameters, TRAIN_NOTEBOOK)
+    return list(runs.values())
+
+
+def read_size(size: str, counts: dict | None = None) -> tuple[int | str, bool]:
+    """`n` and `filtered` of a size as written on the command line: a number, all, filtered, or control.
+
+    The control of the filtered set is as many traces of the full set, drawn at random: it differs from the filtered
+    set in quality and not in quantity.
+    """
+    if size in ("all", "filtered"):
+        return "all", size == "filtered"
+    if size == "control":
+        return correct_examples(counts or {}, "--sizes control"), False
+    if not (size.isascii() and size.isdigit()) or int(size) < 1:
+        raise UserError(f"--sizes {size}: must be a positive number, 'all', 'filtered' or 'control'")
+    return int(size), False
+
+
+def check_names(parameters: dict, defaults: dict) -> None:
+    """papermill only warns about a name that the notebook does not know, and runs with the default: refuse it here."""
+    for name, value in parameters.items():
+        if name in OWN_ARGUMENTS:
+            raise UserError(f"-p {name}: the study sets it; use {OWN_ARGUMENTS[name]}")
+        if name == "run_name":
+            raise UserError("-p run_name: the study names its runs; use --runs-dir to keep studies apart")
+        if name not in defaults:
+            close = difflib.get_close_matches(name, defaults, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(defaults))}"
+            raise UserError(f"-p {name}: the notebook has no such parameter; {hint}")
+        if isinstance(defaults[name], bool) and not isinstance(value, bool):
+            raise UserError(f"-p {name} {value}: must be True or False")
+
+
+def settle(parameters: dict, defaults: dict) -> dict:
+    """The settings that all runs share, as the notebook will resolve them; UserError before anything is started."""
+    return resolve({**defaults, **parameters, "overwrite": True}).to_dict()
+
+
+def as_settled(parameters: dict, settings: dict) -> dict:
+    """The same parameters with the profile decided, and with paths that mean the same wherever they are read."""
+    decided = {name: settings[name] for name in (*FOLDERS, "profile") if name in parameters and name in settings}
+    return parameters | decided
+
+
+def count_examples(settings: dict) -> dict:
+    """How many examples there are, by kind (`distinct`, `correct`): the data are read and graded for it."""
+    from lib.data import load_examples, select_examples
+
+    examples, _ = load_examples(absolute(settings["data_dir"]), settings.get("prompt_template"))
+    return select_examples(examples, "all", False, 0).sizes
+
+
+def count_rows(settings: dict) -> int:
+    """Rows of sft.jsonl: about as many examples as the full set has."""
+    path = absolute(settings["data_dir"]) / "sft.jsonl"
+    return sum(1 for _ in open(path, "rb"))
+
+
+def correct_examples(counts: dict, what: str) -> int:
+    if counts.get("correct") is None:
+        raise UserError(f"{what}: sft.jsonl lacks gold answers, so the size of the filtered set is not known")
+    return counts["correct"]
+
+
+def match_steps(runs: list[PlannedRun], settings: dict, counts: dict) -> list[PlannedRun]:
+    """The same runs with `epochs` such that each takes as many optimizer steps as the full set with its own epochs."""
+    from lib.training.batching import number_of_steps
+
+    steps = number_of_steps(counts["distinct"], settings["batch_size"], settings["epochs"], settings["max_steps"])
+    matched = []
+    for run in runs:
+        n, filtered = run.parameters["n"], run.parameters["filtered"]
+        whole = correct_examples(counts, "--match steps") if filtered else counts["distinct"]
+        epochs = round(steps * settings["batch_size"] / (whole if n == "all" else n), 6)
+        matched.append(replace(run, parameters={**run.parameters, "epochs": epochs}))
+    return matched
+
+
+def compare(made: dict, asked: dict) -> list[str]:
+    """In words, what was `made` with other settings than are `asked` for; paths count as the same where they lead to
+    the same place, since each machine writes them relative to its own project."""
+
+    def same(name: str) -> bool:
+        return bool(made[name] and asked.get(name)) and absolute(made[name]) == absolute(asked[name])
+
+    return changed_settings({k: asked[k] if k in FOLDERS and same(k) else v for k, v in made.items()}, asked)
+
+
+def differences(run: PlannedRun, folder: Path, settings: dict) -> list[str]:
+    """In words, the settings of a finished run (in `folder`) that are not the ones asked for now.
+
+    `settings`: what the study's runs share, resolved.
+    """
+    own = ("n", "filtered", "seed", "epochs")
+    asked = settings | {name: run.parameters[name] for name in own if run.parameters.get(name) is not None}
+    return compare(read_json(folder / "config.json").get("parameters", {}), asked)
+
+
+def refuse_conflicts(runs: list[PlannedRun], folder: Path, settings: dict) -> None:
+    """UserError where a finished run of the folder was made with other settings: two studies don't mix."""
+    conflicts = []
+    for run in runs:
+        if run.is_kept(folder) and (found := differences(run, folder / run.name, settings)):
+            conflicts.append(f"  {shorten_path(str(folder / run.name))}: {'; '.join(found)}")
+    if conflicts:
+        raise UserError(
+            "finished runs differ from what is asked for:\n" + "\n".join(conflicts) + "\n"
+            "Ask for the same settings, or keep this study apart with another --runs-dir, or delete these runs, "
+            "or replace them all with -p overwrite True."
+        )

@@ -1,0 +1,142 @@
+"""Makes the planned runs: several at a time, a failed one does not stop the rest, and what is finished is kept."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lib.files import UserError, read_json, shorten_path
+from lib.study.execution import POLL, Execution, end
+from lib.study.plan import PlannedRun
+from lib.study.progress import Job, Position, Progress, spell
+
+
+@dataclass
+class Outcome:
+    """What became of a study's runs: names finished now, kept from before, and failed with the reason."""
+
+    finished: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class ThisMachine:
+    """Where runs are made without a cluster: `at_once` of them side by side.
+
+    `places`: parameters that say on which devices a run may be; each run takes those that the fewest others are on.
+    """
+
+    def __init__(self, folder: Path, at_once: int = 1, places: tuple[dict, ...] = ({},)):
+        self.folder, self.at_once, self.places = folder, at_once, places
+        self.taken: dict[str, dict] = {}  # run -> its place
+
+    def prepare(self, run: PlannedRun, busy: list[PlannedRun]) -> Execution:
+        """The run's execution, not started yet, beside the `busy` ones."""
+        place = min(self.places, key=[self.taken[other.name] for other in busy].count)
+        self.taken[run.name] = place
+        return Execution(run.notebook, self.folder / f"{run.name}.ipynb", run.parameters | place, self.folder)
+
+    def position(self, job: Job) -> Position:
+        return Position("", *job.run.steps(self.folder))
+
+    def end(self, executions: list[Execution]) -> None:
+        end(executions)
+
+
+def run_all(runs: list[PlannedRun], folder: Path, machine, everything: int = 2048, every: float = 30.0) -> Outcome:
+    """Make the runs that are not finished yet on `machine` (`ThisMachine`, or a cluster with the same methods)."""
+    outcome = Outcome()
+    progress = Progress([run for run in runs if not run.is_kept(folder)], everything, every)
+    waiting = [(f"[{place}/{len(runs)}] {run.name:<10}", run) for place, run in enumerate(runs, start=1)]
+    jobs: list[Job] = []
+    try:
+        with progress.bars:
+            while waiting or jobs:
+                while waiting and len(jobs) < room(folder, machine.at_once):
+                    label, run = waiting.pop(0)
+                    if run.is_kept(folder):
+                        outcome.kept.append(run.name)
+                        said = accuracy(folder / run.name) + lost_notebook(folder / run.name)
+                        progress.say(f"{label} kept, finished before{said}")
+                        continue
+                    again = " again: it was not finished" if (folder / run.name).is_dir() else ""
+                    progress.say(f"{label} started{again}")
+                    execution = machine.prepare(run, [job.run for job in jobs])
+                    jobs.append(Job(label, run, execution, time.monotonic()))
+                    execution.start()  # after it is among the jobs, so that it is ended below
+                progress.tick([(job, machine.position(job)) for job in jobs])
+                time.sleep(POLL)
+                for job in [job for job in jobs if not job.execution.is_running()]:
+                    conclude(job, folder, outcome, progress)
+                    jobs.remove(job)
+    finally:
+        machine.end([job.execution for job in jobs])
+    return outcome
+
+
+def room(folder: Path, at_once: int) -> int:
+    """How many runs may be at work at a time."""
+    # The untrained base is measured by the first run and reused by the others: side by side, each would measure it. So
+    # runs go one by one until some base is there. One that needs another base measures it itself: right, only slower.
+    return at_once if any(folder.glob("base-*/settings.json")) else 1
+
+
+def conclude(job: Job, folder: Path, outcome: Outcome, progress: Progress) -> None:
+    """Say and count what became of a run whose notebook has ended."""
+    path, took = folder / job.run.name, spell(time.monotonic() - job.started)
+    reason = job.execution.result()
+    if reason is None and not job.run.is_finished(folder):
+        reason = f"the notebook ran to its end, but {shorten_path(str(path))} has no result"
+    progress.over(job)
+    if reason is None:
+        outcome.finished.append(job.run.name)
+        progress.say(f"{job.label} finished in {took}{accuracy(path)}")
+    else:
+        outcome.failed[job.run.name] = reason
+        progress.say(f"{job.label} FAILED after {took}: {reason}")
+
+
+def find_places(settings: dict, at_once: int, given: set[str]) -> tuple[dict, ...]:
+    """Devices for runs side by side: on two GPUs every other run takes them the other way round, to use both evenly.
+
+    `settings`: the resolved ones that the runs share; `given`: names of what the user set.
+    """
+    train, evaluate = settings.get("train_device"), settings.get("eval_device")
+    if at_once == 1 or train == evaluate or given & {"train_device", "eval_device"}:
+        return ({},)
+    return tuple({"train_device": a, "eval_device": b} for a, b in ((train, evaluate), (evaluate, train)))
+
+
+def engine_share(settings: dict, at_once: int, places: int) -> float | None:
+    """Share of a GPU's memory for the engine of each of `at_once` runs on `places`: what the policies there leave.
+
+    A run by itself plans it when its engine starts; it can't know of a policy that another run will load later.
+    """
+    if at_once == 1 or settings["eval_device"] == "cpu" or settings["gpu_memory_utilization"] is not None:
+        return None
+    from lib.evaluation.memory import GIB, SPARE, card_memory, model_shape, policy_bytes
+
+    both = places > 1 or settings["train_device"] == settings["eval_device"]
+    engines = -(-at_once // places)  # on one card, and as many policies where a card has both
+    shape = model_shape(settings["model"], settings["trust_remote_code"], settings["revision"])
+    policies = engines * policy_bytes(shape, settings["microbatch_tokens"]) if both else 0
+    total, _ = card_memory(settings["eval_device"])
+    if policies >= SPARE * total:
+        raise UserError(
+            f"--jobs {at_once}: {engines} policies on a GPU need {policies / GIB:.0f} GiB, of {total / GIB:.0f} GiB; "
+            "lower it, or -p microbatch_tokens"
+        )
+    return round((SPARE * total - policies) / total / engines, 3)
+
+
+def accuracy(folder: Path) -> str:
+    summary = read_json(folder / "summary.json")
+    if summary.get("final_accuracy") is None:
+        return ""
+    low, high = summary["final_accuracy_low"], summary["final_accuracy_high"]
+    return f": accuracy {summary['final_accuracy'] * 100:.1f} % ({low * 100:.1f} to {high * 100:.1f})"
+
+
+def lost_notebook(path: Path) -> str:
+    if path.with_suffix(".ipynb").is_file():
+        return ""
+    return f" (its notebook {path.name}.ipynb is missing: delete the folder {path.name} to make both again)"

@@ -1,0 +1,126 @@
+"""A train notebook without a model, and a study of it: what the tests of this room run in train.ipynb's place."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lib.settings import PROFILES
+from lib.study import command as study
+from lib.study import plan
+
+PARAMETERS = """
+n = 256
+filtered = False
+profile = "auto"
+seed = 0
+learning_rate = None
+epochs = 3
+overwrite = False
+runs_dir = None
+run_name = None
+fail_at = None
+sleep = 0.0
+base_after = None
+meet = ""
+"""
+# Writes a run's folder as train.ipynb does, with nothing learned; leaves a process of another session while it sleeps.
+BODY = """
+import json, os, subprocess, time
+from pathlib import Path
+
+folder = Path(runs_dir) / run_name
+folder.mkdir(parents=True, exist_ok=True)
+names = ("n", "filtered", "profile", "seed", "learning_rate", "epochs", "run_name")
+config = {name: globals()[name] for name in names}
+config["learning_rate"] = learning_rate or 0.001
+config["profile"] = "mini" if profile == "auto" else profile
+(folder / "config.json").write_text(json.dumps({"parameters": config, "data": {"train_steps": 4}}))
+with open(folder / "visits.jsonl", "a") as visits:
+    visits.write(json.dumps({"pid": os.getpid(), "started": time.time()}) + "\\n")
+"""
+# The untrained base is measured by the run that finds none; then the run waits for those that it is to `meet`.
+BASE = """
+if base_after is not None and not list(Path(runs_dir).glob("base-*")):
+    time.sleep(base_after)
+    base = Path(runs_dir) / "base-0123"
+    base.mkdir(exist_ok=True)
+    with open(base / "measured_by", "a") as measured_by:
+        measured_by.write(run_name + "\\n")
+    (base / "settings.json").write_text("{}")
+deadline = time.time() + 30
+while not all((Path(runs_dir) / name / "visits.jsonl").is_file() for name in meet.split()):
+    if time.time() > deadline:
+        raise TimeoutError(f"{run_name} did not meet {meet}")
+    time.sleep(0.1)
+"""
+WORK = """
+if fail_at == n:
+    raise ValueError(f"loss is nan with n={n}")
+if sleep:
+    engine = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    (folder / "engine.pid").write_text(str(engine.pid))
+    time.sleep(sleep)
+    engine.kill()
+numbers = {"final_accuracy": 0.5, "final_accuracy_low": 0.4, "final_accuracy_high": 0.6, "ended": time.time()}
+(folder / "summary.json").write_text(json.dumps({"status": "finished", "seconds": {"total": 10}, **numbers}))
+"""
+
+
+@pytest.fixture(name="stub")
+def stub_notebook(tmp_path, monkeypatch):
+    """The stub in the place of the real notebook."""
+    path = write_stub(tmp_path / "train.ipynb")
+    monkeypatch.setattr(plan, "TRAIN_NOTEBOOK", path)
+    monkeypatch.setattr(plan, "settle", settle_stub)
+    monkeypatch.setattr(plan, "count_rows", lambda settings: 2048)
+    return path
+
+
+def settle_stub(parameters: dict, defaults: dict) -> dict:
+    """The stub's settings as train.ipynb's are resolved: what its cell leaves open is mini's."""
+    settings = {"train_device": "cpu", "eval_device": "cpu", **defaults, **parameters}
+    settings["profile"] = "mini" if settings["profile"] == "auto" else settings["profile"]
+    settings["learning_rate"] = settings["learning_rate"] or PROFILES["mini"]["learning_rate"]
+    return settings
+
+
+def write_stub(path: Path) -> Path:
+    cells = [nbformat.v4.new_code_cell(text.strip()) for text in (PARAMETERS, BODY, BASE, WORK)]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return path
+
+
+def made(stub, runs_dir, *words):
+    """Run a study of the stub as the command line would, without the report."""
+    arguments = study.read_arguments(["--runs-dir", str(runs_dir), *words])
+    arguments.runs_dir = study.read_folder(arguments.runs_dir)
+    return study.run_study(arguments)
+
+
+def put_base(runs_dir: Path) -> None:
+    """An untrained base as a run before this study measured it: nothing keeps its runs from going side by side."""
+    (runs_dir / "base-0123").mkdir(parents=True)
+    (runs_dir / "base-0123/settings.json").write_text("{}")
+
+
+def started(folder: Path) -> float:
+    return json.loads((folder / "visits.jsonl").read_text().splitlines()[-1])["started"]
+
+
+def ended(folder: Path) -> float:
+    return json.loads((folder / "summary.json").read_text())["ended"]
+
+
+def visits(folder: Path) -> int:
+    return len((folder / "visits.jsonl").read_text().splitlines())
+
+
+def finished_run(folder, **parameters):
+    folder.mkdir(parents=True)
+    given = {"n": 128, "filtered": False, "seed": 0, "profile": "mini", "learning_rate": 0.001, "epochs": 3}
+    (folder / "config.json").write_text(json.dumps({"parameters": {**given, **parameters}}))
+    (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
