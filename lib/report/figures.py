@@ -113,8 +113,9 @@ def final_accuracy(sampled: pd.DataFrame, greedy: pd.DataFrame, seeds: pd.DataFr
         for size, row in sampled.drop(index="base", errors="ignore").iterrows():
             final_point(axes, size, row, key, greedy, seeds.loc[seeds["size"] == size, key])
         for source in published:
-            points = [point for point in source["points"].values() if point["n"] and point[key]]
-            x, y = [point["n"] for point in points], [point[key] for point in points]
+            place = 1 if key == "accuracy" else 2
+            points = [(point[0], point[place]) for point in source["points"].values() if point[0] and point[place]]
+            x, y = zip(*points, strict=True) if points else ((), ())
             axes.plot(x, y, source["mark"], color="black", markersize=7, linestyle="none")
         axes.set_xlabel("distinct training traces")
         examples_ticks(axes, sampled["selected"][sampled["selected"] > 0])
@@ -137,7 +138,7 @@ def final_point(axes, size, row, key, greedy, seeds):
     shared = {"color": style.colour, "fontweight": "bold", **NOTE}
     if size == "full":
         axes.annotate(style.label, (x, row[key]), (8, -2), va="top", **shared)
-    elif size == "control":
+    elif size == "control" and key == "accuracy":
         axes.annotate(style.label, (x, row[f"{key}_low"]), (-8, -3), va="top", **shared)
     elif size.startswith("filtered"):  # above all marks of its column
         highest = np.nanmax([row[f"{key}_high"], greedy[key].get(size, 0.0), lenient])

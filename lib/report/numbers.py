@@ -215,17 +215,6 @@ def by_level(study: Study) -> pd.DataFrame:
     return pd.DataFrame(shares).T.sort_index(axis=1)
 
 
-def training_ends(study: Study) -> pd.DataFrame:
-    """Loss and token entropy (nats) at both ends of training, one row a size: the first step and the mean of the last
-    twentieth of the steps, averaged over its finished runs."""
-    rows = []
-    for run in study.finished:
-        steps = study.metrics.loc[study.metrics["run"] == run.name, ["loss", "token_entropy"]]
-        first, last = steps.iloc[0], steps.tail(max(1, len(steps) // 20)).mean()
-        rows.append({"size": run.size, **first.add_suffix("_first"), **last.add_suffix("_last")})
-    return pd.DataFrame(rows).groupby("size", sort=False).mean()
-
-
 # --- Runs ----------------------------------------------------------------------------------------------------------
 
 

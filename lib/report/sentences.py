@@ -287,17 +287,16 @@ def filter_words(study: Study) -> str:
 
 def tuning_words(study: Study) -> str:
     grid, choice = numbers.tuning(study)
-    if grid.empty:
-        return "Not tuned in this folder of runs (it has no `tuning/tuning.jsonl`); the settings used are listed below."
-    problems = f"{grid['n'].iloc[0]} problems that the final numbers don't use"
-    text = f"{len(grid)} short runs on the full set, judged on {problems}."
-    if not choice:
-        return f"{text} No choice was recorded."
+    if grid.empty or not choice:
+        return "No choice was made in this folder of runs (in `tuning/`); the settings used are listed below."
     chosen = (choice["learning_rate"], choice["batch_size"])
     used = {(run.parameters.get("learning_rate"), run.parameters.get("batch_size")) for run in study.finished}
     kept = "Every run uses it, whatever its n." if used == {chosen} else "**Not every finished run uses this choice.**"
     why = choice.get("why", "no reason recorded")
-    return f"{text} Chosen: learning rate {chosen[0]:g}, batch size {chosen[1]} ({why}). {kept}"
+    return (
+        f"{len(grid)} short runs on the full set, judged on {grid['n'].iloc[0]} problems that the final numbers don't "
+        f"use. Chosen: learning rate {chosen[0]:g}, batch size {chosen[1]} ({why}). {kept}"
+    )
 
 
 def sync_words(study: Study) -> str:

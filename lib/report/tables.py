@@ -19,25 +19,21 @@ PUBLISHED = (
         "source": "sandrewxu/cs336-assignment5-alignment",
         "settings": "1 epoch, learning rate 1e-4, batches of 64",
         "mark": "+",
-        "points": {
-            "base": {"n": 0, "accuracy": 0.0276, "format_rate": 0.1698},
-            "n128": {"n": 128, "accuracy": 0.1666, "format_rate": 0.8562},
-            "n256": {"n": 256, "accuracy": 0.2522, "format_rate": 0.7698},
-            "n512": {"n": 512, "accuracy": 0.3590, "format_rate": 0.8162},
-            "n1024": {"n": 1024, "accuracy": 0.3290, "format_rate": 0.8328},
-            "full": {"n": 1767, "accuracy": 0.3450, "format_rate": 0.8190},
-            "filtered": {"n": 1408, "accuracy": 0.3816, "format_rate": 0.9928},
+        "points": {  # n, accuracy, right form
+            "base": (0, 0.0276, 0.1698),
+            "n128": (128, 0.1666, 0.8562),
+            "n256": (256, 0.2522, 0.7698),
+            "n512": (512, 0.3590, 0.8162),
+            "n1024": (1024, 0.3290, 0.8328),
+            "full": (1767, 0.3450, 0.8190),
+            "filtered": (1408, 0.3816, 0.9928),
         },
     },
     {
         "source": "zifanwangsteven",
         "settings": "5 epochs, learning rate 4e-5 with cosine decay, batches of 64",
         "mark": "x",
-        "points": {
-            "base": {"n": 0, "accuracy": 0.027, "format_rate": None},
-            "full": {"n": 1767, "accuracy": 0.410, "format_rate": None},
-            "filtered": {"n": 1408, "accuracy": 0.502, "format_rate": None},
-        },
+        "points": {"base": (0, 0.027, None), "full": (1767, 0.410, None), "filtered": (1408, 0.502, None)},
     },
 )
 PUBLISHED_MODEL = re.compile(r"(^|/|--)qwen2\.5-math-1\.5b(/|$)", re.IGNORECASE)  # not ...-Instruct
@@ -136,25 +132,24 @@ def final_table(study: Study) -> str:
             "right form": percent(row["format_rate"]),
             "lenient reading": percent(row["lenient_accuracy"]),
             "right in any sample": percent(row["pass_at_k"]),
-            "greedy": with_interval(greedy.loc[size]) if size in greedy.index else "–",
-            "variance: training": percent(row["seed_share"], 0),
-            "variance: sampling": percent(row["sampling_share"], 0),
+            "greedy": percent(greedy["accuracy"].get(size)),
+            "variance: training, sampling": f"{percent(row['seed_share'], 0)}, {percent(row['sampling_share'], 0)}",
         }
         if row["seeds"] > 1:
             shown["seeds"] += f" ({row['lowest'] * 100:.1f}–{row['highest'] * 100:.1f})"
         found = [source["points"].get(size) for source in others]
         if others:
-            shown["others"] = ", ".join(percent(point["accuracy"]) for point in found if point) or "–"
+            shown["others"] = ", ".join(percent(point[1]) for point in found if point) or "–"
         rows.append(shown)
     shown = pd.DataFrame(rows)
-    return table(shown.loc[:, (shown != "–").any()])
+    return table(shown.loc[:, ~shown.isin(["–", "–, –"]).all()])
 
 
 def comparison_table(comparisons: dict[tuple[str, str], Comparison]) -> str:
     """Differences in percentage points on the same problems, second minus first."""
     rows = [
         {
-            "from → to": f"{named(first)} → {named(second)}",
+            "from → to": f"{named(first)} → {named(second)}".replace("the ", "").replace(" set", ""),
             "accuracy (95 %)": points(change.accuracy),
             "p": p_text(change.accuracy.p).removeprefix("p = ").removeprefix("p "),
             "p, Holm": p_text(change.adjusted).removeprefix("p = ").removeprefix("p "),
@@ -175,19 +170,6 @@ def examples_table(study: Study) -> str:
     names = ["trained on", "traces", "distinct training problems", "in the right form", "with a right answer"]
     rows.columns = [*names, "optimizer steps", "epochs"]
     return table(rows.astype(object).where(rows.notna(), "–"))
-
-
-def loss_table(study: Study) -> str:
-    """Loss and token entropy (nats) at both ends of training."""
-    rows = [
-        {
-            "trained on": named(size),
-            "loss: first step → mean of the last 5 %": f"{ends['loss_first']:.3f} → {ends['loss_last']:.3f}",
-            "token entropy, likewise": f"{ends['token_entropy_first']:.3f} → {ends['token_entropy_last']:.3f}",
-        }
-        for size, ends in numbers.training_ends(study).iterrows()
-    ]
-    return table(pd.DataFrame(rows))
 
 
 def level_table(study: Study) -> str:

@@ -18,6 +18,7 @@ from lib.files import PROJECT_ROOT, UserError
 from lib.report import canvas, figures, numbers, sentences, tables
 from lib.report.load import SIZES, answers, cells, final_lines, load
 from lib.study import execution as notebooks
+from lib.study.page import to_html
 
 ANALYSIS = PROJECT_ROOT / "notebooks/analysis.ipynb"
 PAIR = ("full", "filtered")
@@ -435,17 +436,6 @@ def test_two_runs_of_one_size_and_seed_are_not_mixed(study, six, tmp_path):
     assert "**full-lr2** has the size and the seed of **full** and is left out" in sentences.gaps(mixed)
 
 
-def test_the_ends_of_training_are_those_of_each_run(tmp_path):
-    """Three seeds of one size, the loss of the last one raised: means over runs, not over the rows of one table."""
-    runs = [fabricate_run(tmp_path, "full", PLANS["full"], seed) for seed in range(3)]
-    lines = [json.loads(line) for line in (runs[2] / "metrics.jsonl").read_text().splitlines()]
-    (runs[2] / "metrics.jsonl").write_text("".join(json.dumps(row | {"loss": row["loss"] + 3}) + "\n" for row in lines))
-    ends = numbers.training_ends(load(tmp_path)).loc["full"]
-    last = len(lines) // 20
-    assert ends["loss_first"] == pytest.approx(lines[0]["loss"] + 1)
-    assert ends["loss_last"] == pytest.approx(sum(row["loss"] for row in lines[-last:]) / last + 1)
-
-
 def math_plan(size, **parameters):
     plan = PLANS[size]
     return Plan(plan.format, plan.correct, parameters={"profile": "math", **parameters})
@@ -619,7 +609,7 @@ def test_proofs_of_sync_are_counted_and_a_bad_one_is_said(tmp_path, study):
 
 def test_tuning_is_read_where_it_is_and_its_absence_is_said(tmp_path):
     fabricate(tmp_path, {"full": PLANS["full"]})
-    assert "Not tuned in this folder" in sentences.tuning_words(load(tmp_path))
+    assert "No choice was made in this folder" in sentences.tuning_words(load(tmp_path))
     (tmp_path / "tuning").mkdir()
     grid = [(4e-4, 60), (2e-4, 45), (1e-4, 20)]  # right of 200: the second can't be told from the first
     with open(tmp_path / "tuning/tuning.jsonl", "w") as file:
@@ -727,7 +717,7 @@ def test_the_report_is_made_from_any_folder_of_runs(case, six, many, tmp_path):
     shown = json.dumps([cell.outputs for cell in notebook.cells if cell.cell_type == "code"])
     assert str(folder) not in shown and str(PROJECT_ROOT) not in shown
     assert "A sentence of the user's." in shown
-    notebooks.to_html(notebook, tmp_path / "report.html", "report")
+    to_html(notebook, tmp_path / "report.html", "report")
     page = (tmp_path / "report.html").read_text()
     assert "<h1" in page and 'src="http' not in page and "data:image/png;base64" in page
     assert ("no subjects or no levels" in page) == (case == "no levels")
