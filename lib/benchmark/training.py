@@ -1,4 +1,4 @@
-"""How fast a training step is: ours and what each part of it is worth, TRL's, under a limit of memory, on a CPU.
+"""How fast a training step is: ours and what each part of it is worth, TRL's, and under a limit of memory.
 
 Utilisation is model FLOPs over what the GPU's tensor cores could do in that time (dense bf16): 6 x parameters for each
 token of the examples, padding left out, and attention. A preamble that is computed once counts as often as it occurs,
@@ -10,7 +10,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from lib.benchmark import rows
 from lib.benchmark.rows import Settings, attempt, free_memory
 from lib.data import distinct, load_examples
 from lib.environment import device_name
-from lib.settings import PROFILES, Optimization
+from lib.settings import Optimization
 from lib.training import attention, policy
-from lib.training.batching import Microbatch, Sequence, encode, make_batches, make_microbatches
+from lib.training.batching import Sequence, encode, make_batches, make_microbatches
 from lib.training.reference import get_response_log_probs, pad_and_shift, sft_microbatch_train_step
 from lib.training.steps import learning_rates, make_optimizer, train_steps
 
@@ -60,7 +59,6 @@ def summarize_steps(
         "lowest": min(rates),
         "highest": max(rates),
         "utilisation": peak and statistics.median(used) / peak,
-        "seconds_per_step": statistics.median(step["seconds"] for step in steps[settings.warmup_steps :]),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
         "mean_loss": statistics.mean(step["loss"] for step in steps),
         "step_seconds": [round(step["seconds"], 4) for step in steps],
@@ -82,27 +80,24 @@ def fitting(sizes: tuple[int, ...], measure: Callable[[int], dict]) -> dict:
 
 def make_benchmark_batches(settings: Settings, tokenizer) -> list[list[Sequence]]:
     """The same optimizer batches for everyone, in the order of a run."""
-    sequences = encode(distinct(load_examples(settings.data_dir)[0]), tokenizer, 1 << 14)
+    sequences = encode(distinct(load_examples(Path(settings.data_dir))[0]), tokenizer, 1 << 14)
     steps = settings.warmup_steps + settings.steps
     return make_batches(sequences, settings.batch, steps * settings.batch / len(sequences), steps, settings.seed)
 
 
-def optimization(settings: Settings) -> Optimization:
-    return Optimization(RATE, 0.0, 0.0, CLIP, settings.microbatch_tokens, PRECISION, settings.device)
-
-
-def packed_row(
-    model: torch.nn.Module,
-    batches: list[list[Sequence]],
-    settings: Settings,
-    share_prefix: bool,
-    backward: Callable = policy.backward,
-) -> dict:
+def packed_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: Settings, share_prefix: bool) -> dict:
     """Train on packed microbatches, as a run does."""
-    cut = partial(make_microbatches, share_prefix=share_prefix)
-    taken = {"n_examples": sum(map(len, batches)), "backward": backward, "cut": cut}
-    steps = train_steps(model, make_optimizer(model), batches, optimization(settings), **taken)
+    optimization = Optimization(RATE, 0.0, 0.0, CLIP, settings.microbatch_tokens, PRECISION, settings.device)
+    taken = {"n_examples": sum(map(len, batches)), "cut": partial(make_microbatches, share_prefix=share_prefix)}
+    steps = train_steps(model, make_optimizer(model), batches, optimization, **taken)
     return summarize_steps(list(steps), batches, model, settings)
+
+
+def limited_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: Settings, gigabytes: int) -> dict:
+    """Train as if the card were smaller."""
+    whole = torch.cuda.get_device_properties(settings.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole), settings.device)
+    return packed_row(model, batches, settings, share_prefix=True)
 
 
 def naive_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: Settings, size: int) -> dict:
@@ -132,39 +127,18 @@ def naive_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: S
     return summarize_steps(steps, batches, model, settings)
 
 
-def liger_backward(model, states: torch.Tensor, microbatch: Microbatch, normalize_constant: float, precision: str):
-    """`lib.training.policy.backward` with Liger's fused linear cross-entropy, which gives no entropy."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    with policy.autocast(microbatch.labels.device.type, precision):
-        fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        weights, predicting = model.get_output_embeddings().weight, states[microbatch.response_positions]
-        loss = fused(weights, predicting, microbatch.labels) / normalize_constant
-    loss.backward()
-    return loss.detach(), torch.zeros_like(loss.detach())
-
-
-def fill(batches: list[list[Sequence]], tokens: int) -> list[Sequence]:
-    """The first sequences that fit into one microbatch of `tokens`."""
-    sequences = [sequence for batch in batches for sequence in batch]
-    sizes = itertools.accumulate(len(s.token_ids) for s in sequences)
-    return [sequence for sequence, size in zip(sequences, sizes, strict=True) if size <= tokens]
-
-
 def measure_ours(settings: Settings) -> None:
     """Our path and its parts, on one model that starts from the same weights each time."""
     tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
     batches = make_benchmark_batches(settings, tokenizer)
-    filled = [fill(batches, settings.microbatch_tokens)] * (settings.warmup_steps + 2)
+    row = partial(packed_row, model, batches, settings)
     ways = {
         rows.NAIVE: lambda: fitting((8, 4, 2), partial(naive_row, model, batches, settings)),
-        rows.EAGER: lambda: packed_row(model, batches, settings, share_prefix=False),
-        rows.FULL: lambda: packed_row(model, batches, settings, share_prefix=True),
-        rows.PLAIN: lambda: packed_row(model, batches, settings, share_prefix=True),
-        rows.NO_SHARING: lambda: packed_row(model, batches, settings, share_prefix=False),
-        rows.LIGER: lambda: packed_row(model, batches, settings, share_prefix=True, backward=liger_backward),
-        rows.FILLED: lambda: packed_row(model, filled, settings, share_prefix=False),
+        rows.EAGER: lambda: row(share_prefix=False),
+        rows.FULL: lambda: row(share_prefix=True),
+        rows.NO_SHARING: lambda: row(share_prefix=False),
     }
+    ways |= {name: partial(limited_row, model, batches, settings, size) for name, size in rows.MEMORY.items()}
     base = [p.detach().cpu().clone() for p in model.parameters()]
     for variant in rows.VARIANTS[settings.part]:
         model.zero_grad(set_to_none=True)  # of a variant that failed
@@ -173,24 +147,6 @@ def measure_ours(settings: Settings) -> None:
                 parameter.copy_(weight)
         with torch.compiler.set_stance("force_eager" if variant in (rows.NAIVE, rows.EAGER) else "default"):
             attempt(settings, variant, ways[variant])
-
-
-def measure_memory(settings: Settings) -> None:
-    """Our path where the policy may take only so much of the card, as if the card were smaller."""
-    tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
-    batches = make_benchmark_batches(settings, tokenizer)
-    whole = torch.cuda.get_device_properties(settings.device).total_memory
-    for variant, gigabytes in rows.MEMORY.items():
-        model.zero_grad(set_to_none=True)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole), settings.device)
-        attempt(settings, variant, lambda: packed_row(model, batches, settings, share_prefix=True))
-
-
-def measure_cpu(settings: Settings) -> None:
-    """Our path and the naive one on `mini`, in its own batches."""
-    mini = PROFILES["mini"]
-    sizes = {"batch": mini["batch_size"], "microbatch_tokens": mini["microbatch_tokens"]}
-    measure_ours(replace(settings, model=mini["model"], data_dir=Path(mini["data_dir"]), device="cpu", **sizes))
 
 
 # --- TRL -------------------------------------------------------------------------------------------------------------
@@ -202,13 +158,12 @@ class StepTimer(TrainerCallback):
     def __init__(self):
         self.moments = []
 
-    def on_train_begin(self, args, state, control, **others):
-        self.moments.append(time.perf_counter())
-
     def on_step_end(self, args, state, control, **others):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.moments.append(time.perf_counter())
+
+    on_train_begin = on_step_end
 
 
 def uneven_attention(module, query, key, value, mask, scaling, cu_seq_lens_q=None, max_length_q=None, **others):
