@@ -112,6 +112,7 @@ def write_model(origin: Origin, gguf_file: Path, folder: Path) -> None:
     config = AutoConfig.from_pretrained(gguf_file.parent, **source)
     config.architectures, config.dtype, config.tie_word_embeddings = ["Qwen2ForCausalLM"], "bfloat16", True
     config.rms_norm_eps = round(config.rms_norm_eps, 12)  # it is kept in 32 bits
+    vars(config).pop("_model_name_or_path", None)  # what the file calls itself
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     config.save_pretrained(folder)

@@ -39,6 +39,7 @@ def made(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
     """The GGUF file, matrices in 8 bits and the embeddings a second time in 4; and what was put into it."""
     path, generator = tmp_path_factory.mktemp("gguf") / "tiny.gguf", np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_name("Tiny GGUF")
     writer.add_block_count(LAYERS)
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)
@@ -147,6 +148,7 @@ def test_the_folder_is_a_model_that_transformers_loads(made, origin, wheels, tmp
     assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
+    assert "Tiny" not in (folder / "config.json").read_text()
     card = (folder / "README.md").read_text()
     assert origin.sha256 in card and "Apache-2.0" in card and "`tiny-model-part1` to `tiny-model-part3`" in card
     assert [path.name for path in folder.parent.iterdir()] == ["coder"]

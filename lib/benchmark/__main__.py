@@ -1,7 +1,4 @@
-"""Measures one part on the first GPU that its process sees, or on the CPU; `processes.run_part` starts it.
-
-python -m lib.benchmark SETTINGS, those of `rows.Settings` as JSON
-"""
+"""Measures one part, on the first visible GPU or on the CPU: python -m lib.benchmark SETTINGS (`rows`, as JSON)."""
 
 import json
 import sys

@@ -1,7 +1,6 @@
 """How fast answers come: at fixed lengths beside `generate`, and at the lengths of real responses."""
 
 import contextlib
-import itertools
 import os
 import statistics
 import subprocess
@@ -21,12 +20,10 @@ from lib.data import Problem, load_examples, load_problems, stratified_subset
 from lib.evaluation.engine import init_vllm, shutdown
 from lib.evaluation.evaluate import encode_prompts, evaluate
 from lib.evaluation.replica import Sampling
-from lib.grading import grade_many, stop_workers
 from lib.training import policy
 
 
 def questions(settings: Settings) -> tuple[list[list[int]], list[Problem]]:
-    """Prompts, and the problems that they ask."""
     _, template = load_examples(Path(settings.data_dir))
     problems = load_problems(Path(settings.data_dir, "validation.jsonl"))
     chosen = stratified_subset(problems, settings.eval_problems, settings.seed)
@@ -107,28 +104,10 @@ def generate_row(settings: Settings, prompts: list[list[int]]) -> dict:
     return row | {"problems_per_second": len(prompts) / row["seconds"]}
 
 
-def grading_row(settings: Settings, number: int = 5000) -> dict:
-    """Real traces against their answers, then gold answers against those of the next problem; worker start included."""
-    examples, _ = load_examples(Path(settings.data_dir))
-    pairs = [(e.response, e.answer) for e in examples if e.answer is not None]
-    golds = [p.answer for p in load_problems(Path(settings.data_dir, "validation.jsonl"))]
-    pairs += [(f"</think> <answer> {a} </answer>", b) for a, b in itertools.pairwise(golds)]
-    responses, answers = map(list, zip(*pairs[:number], strict=True))
-    stop_workers()
-    begin = time.perf_counter()
-    rewards = grade_many(responses, answers)
-    seconds = time.perf_counter() - begin
-    stop_workers()
-    rate, device = len(rewards) / seconds, f"{len(os.sched_getaffinity(0))} CPU cores"
-    return {"problems": len(rewards), "seconds": seconds, "problems_per_second": rate, "device": device}
-
-
 def measure_fixed_lengths(settings: Settings) -> None:
-    """vLLM and `generate` on the same prompts, and grading."""
     prompts, _ = questions(settings)
     attempt(settings, rows.VLLM, lambda: vllm_row(settings, prompts))
     attempt(settings, rows.GENERATE, lambda: generate_row(settings, prompts[:256]))
-    attempt(settings, rows.GRADING, lambda: grading_row(settings))
 
 
 # --- Real lengths ----------------------------------------------------------------------------------------------------
@@ -143,24 +122,25 @@ def measure_real_lengths(settings: Settings) -> None:
 
 
 def lengths_row(settings: Settings, prompts: list[list[int]], problems: list[Problem], variant: str) -> dict:
-    """One evaluation with one setting changed."""
     samplings = {"sampled": Sampling(1.0, 1.0, settings.max_new_tokens)}
     if variant == rows.BOTH:
         samplings["greedy"] = Sampling(0.0, 1.0, settings.max_new_tokens)
     longest, row = max(map(len, prompts)) + settings.max_new_tokens, {"problems": len(problems)}
     with started(settings, longest, **rows.LENGTHS[variant]) as (engine, row["start_seconds"]):
-        if variant == rows.NOTED:
+        if variant == rows.ONE:
             engine.ask_all("ask", "apply_model", profile.install)
         with load(row, settings.device, engine.processes):
             evaluations = evaluate(engine, problems, prompts, samplings, settings.seed)
-        if variant == rows.NOTED:
+        if variant == rows.ONE:
             row["phases"] = engine.ask_all("ask", "apply_model", profile.report)[0][0]
     records = [record for evaluation in evaluations.values() for record in evaluation.records]
     tokens = sum(record["tokens"] for record in records)
-    row["graded_seconds"] = sum(evaluation.seconds["grade"] for evaluation in evaluations.values())
-    row["seconds"] -= row["graded_seconds"]
-    row |= {"problems_per_second": len(problems) / row["seconds"], "tokens_per_second": tokens / row["seconds"]}
+    graded = sum(evaluation.seconds["grade"] for evaluation in evaluations.values())
+    row["seconds"] -= graded
     return row | {
+        "problems_per_second": len(problems) / row["seconds"],
+        "tokens_per_second": tokens / row["seconds"],
+        "graded_per_second": len(records) / graded,
         "mean_tokens": tokens / len(records),
         "cut_off": statistics.mean(record["finish_reason"] == "length" for record in records),
         "accuracy": statistics.mean(record["correct"] for record in records),

@@ -1,4 +1,4 @@
-"""Each part in a process of its own: with a limit of time."""
+"""Each part in a process of its own, with a limit of time."""
 
 import json
 import os
@@ -14,10 +14,7 @@ from lib.files import PROJECT_ROOT, UserError, append_lines
 
 
 def run_parts(parts: list[str], folder: Path, settings: dict, limits: dict[str, int]) -> dict[str, float]:
-    """Run parts, one after the other, and return the seconds each took; the rows of others in the folder stay.
-
-    `limits`: seconds that each part may take.
-    """
+    """Run parts, each for at most its `limits` in seconds; the seconds each took. Other parts' rows stay."""
     if unknown := set(parts) - set(VARIANTS):
         raise UserError(f"parts: {', '.join(sorted(unknown))} unknown; there are {', '.join(VARIANTS)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,11 +26,10 @@ def run_part(part: str, folder: Path, settings: dict, limit: float) -> float:
     out, log, started = folder / f"{part}.jsonl", folder / f"{part}.log", time.monotonic()
     out.unlink(missing_ok=True)
     told = json.dumps(settings | {"part": part, "out": str(out.resolve())})
-    command = [sys.executable, "-m", "lib.benchmark", told]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-u", "-m", "lib.benchmark", told]
     with open(log, "w", encoding="utf-8") as printed:
         streams = {"stdin": subprocess.DEVNULL, "stdout": printed, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, start_new_session=True, **streams)
+        process = subprocess.Popen(command, cwd=PROJECT_ROOT, start_new_session=True, **streams)
         try:
             reason = f"its process ended with status {process.wait(limit)} (see {log.name})"
         except subprocess.TimeoutExpired:

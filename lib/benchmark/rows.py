@@ -2,7 +2,6 @@
 
 import gc
 import re
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,15 +19,14 @@ FULL = "packed, compiled, preamble once"
 TRL = {"padding-free, layers compiled": False, "padding-free, Liger": True}
 PEERS = ("trl", "liger-kernel")
 MEMORY = {f"{size} GB": size for size in (24, 40, 80)}  # what the policy may take of the card
-VLLM, GENERATE, GRADING = "vLLM", "generate, batch 256", "grading"
-THREE, BOTH, NOTED = "three engines", "three engines, both decodings", "one engine, steps noted"
+VLLM, GENERATE = "vLLM", "generate, batch 256"
+ONE, THREE, BOTH = "one engine", "three engines", "three engines, both decodings"
 SIZES = [*(2**i for i in range(9)), *range(384, 1025, 128)]  # tokens of a step that decodes
 DECODING_ONLY = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}
 LENGTHS = {  # options of `init_vllm`
-    "one engine": {"engines": 1},
+    ONE: {"engines": 1},  # its steps are noted
     "one engine, mixed steps not recorded": {"engines": 1, "compilation_config": DECODING_ONLY},
     "one engine, prefix caching": {"engines": 1, "enable_prefix_caching": True},
-    NOTED: {"engines": 1},
     THREE: {"engines": 3},
     BOTH: {"engines": 3},
 }
@@ -36,7 +34,7 @@ VARIANTS = {
     "ours": [NAIVE, EAGER, FULL, NO_SHARING],
     "memory": list(MEMORY),
     "trl": list(TRL),
-    "evaluation": [VLLM, GENERATE, GRADING],
+    "evaluation": [VLLM, GENERATE],
     "lengths": list(LENGTHS),
 }
 
@@ -66,13 +64,12 @@ def attempt(settings: Settings, variant: str, measure: Callable[[], dict]) -> No
     free_memory()
     row = {"part": settings.part, "variant": variant, "device": device_name(settings.device)}
     row["versions"] = versions(*PEERS)
-    started = time.perf_counter()
     try:
         row |= measure()
     except Exception as error:
         traceback.print_exc()
         row["error"] = plain(f"{type(error).__name__}: {error}")
-    append_lines(Path(settings.out), [row | {"wall_seconds": time.perf_counter() - started}])
+    append_lines(Path(settings.out), [row])
 
 
 def free_memory() -> None:

@@ -1,9 +1,4 @@
-"""How fast a training step is: ours and what each part of it is worth, TRL's, and under a limit of memory.
-
-Utilisation is model FLOPs over what the GPU's tensor cores could do in that time (dense bf16): 6 x parameters for each
-token of the examples, padding left out, and attention. A preamble that is computed once counts as often as it occurs,
-so sharing it raises this number without keeping the device busier.
-"""
+"""How fast a training step is: ours and what each part of it is worth, TRL's, and under a limit of memory."""
 
 import itertools
 import statistics
@@ -28,6 +23,7 @@ from lib.training.reference import get_response_log_probs, pad_and_shift, sft_mi
 from lib.training.steps import learning_rates, make_optimizer, train_steps
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # FLOP/s of dense bf16 matrix products
+Batches = list[list[Sequence]]
 RATE, CLIP, PRECISION = 1e-5, 1.0, "bf16"  # of everyone's training
 
 
@@ -35,7 +31,7 @@ RATE, CLIP, PRECISION = 1e-5, 1.0, "bf16"  # of everyone's training
 
 
 def example_flops(model: torch.nn.Module, lengths: list[int]) -> float:
-    """Model FLOPs of examples with these lengths, forward and backward, as if every token were computed."""
+    """Model FLOPs of examples with these lengths, forward and backward, as if no token were shared."""
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = head * config.num_attention_heads
@@ -44,9 +40,7 @@ def example_flops(model: torch.nn.Module, lengths: list[int]) -> float:
     return 6 * parameters * sum(lengths) + 12 * config.num_hidden_layers * width * attended
 
 
-def summarize_steps(
-    steps: list[dict], batches: list[list[Sequence]], model: torch.nn.Module, settings: Settings
-) -> dict:
+def summarize_steps(steps: list[dict], batches: Batches, model: torch.nn.Module, settings: Settings) -> dict:
     """A row of steps (seconds and loss each): medians over those after the warm-up."""
     on_gpu, rates, used = settings.device != "cpu", [], []
     for step, batch in list(zip(steps, batches, strict=True))[settings.warmup_steps :]:
@@ -78,14 +72,15 @@ def fitting(sizes: tuple[int, ...], measure: Callable[[int], dict]) -> dict:
 # --- Ours ------------------------------------------------------------------------------------------------------------
 
 
-def make_benchmark_batches(settings: Settings, tokenizer) -> list[list[Sequence]]:
+def make_benchmark_batches(settings: Settings) -> Batches:
     """The same optimizer batches for everyone, in the order of a run."""
-    sequences = encode(distinct(load_examples(Path(settings.data_dir))[0]), tokenizer, 1 << 14)
+    examples, _ = load_examples(Path(settings.data_dir))
+    sequences = encode(distinct(examples), policy.load_tokenizer(settings.model), 1 << 14)
     steps = settings.warmup_steps + settings.steps
     return make_batches(sequences, settings.batch, steps * settings.batch / len(sequences), steps, settings.seed)
 
 
-def packed_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: Settings, share_prefix: bool) -> dict:
+def packed_row(model: torch.nn.Module, batches: Batches, settings: Settings, share_prefix: bool) -> dict:
     """Train on packed microbatches, as a run does."""
     optimization = Optimization(RATE, 0.0, 0.0, CLIP, settings.microbatch_tokens, PRECISION, settings.device)
     taken = {"n_examples": sum(map(len, batches)), "cut": partial(make_microbatches, share_prefix=share_prefix)}
@@ -93,14 +88,14 @@ def packed_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: 
     return summarize_steps(list(steps), batches, model, settings)
 
 
-def limited_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: Settings, gigabytes: int) -> dict:
+def limited_row(model: torch.nn.Module, batches: Batches, settings: Settings, gigabytes: int) -> dict:
     """Train as if the card were smaller."""
     whole = torch.cuda.get_device_properties(settings.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole), settings.device)
     return packed_row(model, batches, settings, share_prefix=True)
 
 
-def naive_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: Settings, size: int) -> dict:
+def naive_row(model: torch.nn.Module, batches: Batches, settings: Settings, size: int) -> dict:
     """The course's functions in a plain loop: padded microbatches of `size`, logits of every token."""
     optimizer, steps = make_optimizer(model), []
     for batch, rate in zip(batches, learning_rates(len(batches), RATE), strict=True):
@@ -120,17 +115,15 @@ def naive_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: S
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        loss = float(loss)
         if settings.device != "cpu":
             torch.cuda.synchronize()
-        steps.append({"seconds": time.perf_counter() - started, "loss": loss})
+        steps.append({"seconds": time.perf_counter() - started, "loss": float(loss)})
     return summarize_steps(steps, batches, model, settings)
 
 
 def measure_ours(settings: Settings) -> None:
     """Our path and its parts, on one model that starts from the same weights each time."""
-    tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
-    batches = make_benchmark_batches(settings, tokenizer)
+    model, batches = policy.load_policy(settings.model, settings.device), make_benchmark_batches(settings)
     row = partial(packed_row, model, batches, settings)
     ways = {
         rows.NAIVE: lambda: fitting((8, 4, 2), partial(naive_row, model, batches, settings)),
@@ -139,12 +132,10 @@ def measure_ours(settings: Settings) -> None:
         rows.NO_SHARING: lambda: row(share_prefix=False),
     }
     ways |= {name: partial(limited_row, model, batches, settings, size) for name, size in rows.MEMORY.items()}
-    base = [p.detach().cpu().clone() for p in model.parameters()]
+    base = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     for variant in rows.VARIANTS[settings.part]:
         model.zero_grad(set_to_none=True)  # of a variant that failed
-        with torch.no_grad():
-            for parameter, weight in zip(model.parameters(), base, strict=True):
-                parameter.copy_(weight)
+        model.load_state_dict(base)
         with torch.compiler.set_stance("force_eager" if variant in (rows.NAIVE, rows.EAGER) else "default"):
             attempt(settings, variant, ways[variant])
 
@@ -172,7 +163,7 @@ def uneven_attention(module, query, key, value, mask, scaling, cu_seq_lens_q=Non
     return attention.packed_attention(module, query, key, value, mask, scaling, packing=packing)
 
 
-def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], liger: bool, size: int) -> dict:
+def trl_row(settings: Settings, batches: Batches, liger: bool, size: int) -> dict:
     """Train with SFTTrainer on the same batches, `size` examples a forward pass."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -182,7 +173,7 @@ def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], liger:
     model = AutoModelForCausalLM.from_pretrained(
         settings.model, dtype=torch.float32, attn_implementation="uneven", use_safetensors=True
     )
-    timer = StepTimer()
+    timer, tokenizer = StepTimer(), policy.load_tokenizer(settings.model)
     if not liger:
         for layer in model.model.layers:  # as torch_compile=True, which compiles for minutes where this takes seconds
             layer.compile(dynamic=True)
@@ -201,9 +192,7 @@ def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], liger:
             save_strategy="no", report_to="none", disable_tqdm=True, seed=settings.seed,
             use_cpu=settings.device == "cpu",
         )  # fmt: skip
-        trainer = SFTTrainer(
-            model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[timer]
-        )
+        trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[timer])
         trainer.train()
     loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
     steps = [{"seconds": after - before, "loss": loss} for before, after in itertools.pairwise(timer.moments)]
@@ -212,8 +201,6 @@ def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], liger:
 
 def measure_trl(settings: Settings) -> None:
     """Each configuration with the most examples a forward pass that fit."""
-    tokenizer = policy.load_tokenizer(settings.model)
-    batches = make_benchmark_batches(settings, tokenizer)
+    batches = make_benchmark_batches(settings)
     for variant, liger in rows.TRL.items():
-        row = partial(trl_row, settings, tokenizer, batches, liger)
-        attempt(settings, variant, partial(fitting, (32, 16, 8), row))
+        attempt(settings, variant, partial(fitting, (32, 16, 8), partial(trl_row, settings, batches, liger)))
