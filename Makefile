@@ -66,7 +66,7 @@ report: setup  ## six runs for each seed (SEEDS="0 1 2"), and the report
 
 test: setup  ## style and all tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 faults: setup  ## real runs killed, interrupted, starved and broken, and what became of them: 15 minutes
 	$(BIN)/python -m pytest -q -m faults
