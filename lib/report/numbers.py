@@ -9,7 +9,7 @@ import pandas as pd
 
 from lib.evaluation.verdicts import VERDICTS
 from lib.files import read_json, read_lines
-from lib.report.load import SIZES, RunFolder, Study, answers, cells, final_lines, records, shown_path
+from lib.report.load import Study, answers, cells, final_lines, records, shown_path
 from lib.report.statistics import (
     LEVEL,
     Estimate,
@@ -21,8 +21,8 @@ from lib.report.statistics import (
     trend,
 )
 
-# What may differ between the runs of one study: what the study varies, and where a run was kept.
-OWN_PARAMETERS = {"n", "filtered", "seed", "run_name", "runs_dir"}
+# What may differ between the runs of one study: what the study varies, where a run was kept, and what `gaps` says.
+OWN_PARAMETERS = {"n", "filtered", "seed", "run_name", "runs_dir", "git_dirty"}
 SHARES = {"accuracy": "correct", "format_rate": "format", "lenient_accuracy": "lenient"}  # a line's key: a record's
 MEASURED = ["examples_seen", "n", *VERDICTS, *SHARES, "mean_tokens"]
 FILTER_PAIRS = (("full", "filtered"), ("full", "control"), ("control", "filtered"))
@@ -32,7 +32,7 @@ FILTER_PAIRS = (("full", "filtered"), ("full", "control"), ("control", "filtered
 
 
 def curves(study: Study) -> pd.DataFrame:
-    """Accuracy over training, one row a size and evaluation point: means over seeds with 95 % intervals."""
+    """Accuracy over training: `over_seeds` of a size and evaluation point a row."""
     rows = study.evaluations
     rows = rows[(rows["split"] == "subset") & (rows["decoding"] == "sampled")]
     return over_seeds(rows, ["size", "train_step"])
@@ -97,7 +97,6 @@ class Comparison:
     first: str
     second: str
     problems: int
-    seeds: tuple[int, int]
     accuracy: Estimate
     form: Estimate
     correctness: Estimate
@@ -143,7 +142,6 @@ def compare(study: Study, first: str, second: str) -> Comparison | None:
         first,
         second,
         arms[0].shape[1],
-        (len(arms[0]), len(arms[1])),
         paired_difference(*arms),
         *split((forms[0], arms[0]), (forms[1], arms[1])),
         *(paired_difference(*other) if other else None for other in others),
@@ -189,14 +187,6 @@ def trend_over_n(study: Study) -> Estimate | None:
     return trend(pd.concat(tables)) if tables else None
 
 
-def transitions(study: Study, first: str, second: str) -> pd.DataFrame:
-    """How many answers (rows: verdicts with the first size, columns: with the second) of runs of the same seed."""
-    sides = [answers(study, size)[["seed", "id", "sample", "verdict"]] for size in (first, second)]
-    table = sides[0].merge(sides[1], on=["seed", "id", "sample"], suffixes=("_first", "_second"))
-    counts = pd.crosstab(table["verdict_first"], table["verdict_second"])
-    return counts.reindex(VERDICTS, fill_value=0).reindex(VERDICTS, axis=1, fill_value=0)
-
-
 # --- Answers -------------------------------------------------------------------------------------------------------
 
 
@@ -206,98 +196,50 @@ def by_subject_and_level(study: Study, size: str) -> pd.DataFrame:
     return rows.groupby(["subject", "level"])["correct"].agg(n="size", correct="sum").reset_index()
 
 
-def by_level(study: Study) -> pd.DataFrame:
-    """Accuracy of every size (rows) at every level (columns); empty for data without levels."""
-    tables = {size: answers(study, size).dropna(subset="level") for size in ["base", *study.sizes]}
-    shares = {
-        size: rows["correct"].astype(float).groupby(rows["level"]).mean() for size, rows in tables.items() if len(rows)
-    }
-    return pd.DataFrame(shares).T.sort_index(axis=1)
-
-
 # --- Runs ----------------------------------------------------------------------------------------------------------
 
 
-def examples(study: Study) -> pd.DataFrame:
-    """What each finished size was trained on: traces, distinct problems, right form, right answer, steps, epochs."""
-    names = ("selected", "selected_problems", "selected_correct_form", "selected_correct", "train_steps")
-    rows = []
-    for run in (study.of_size(size)[0] for size in study.sizes):
-        values = {name: run.data.get(name) for name in names}
-        rows.append({"size": run.size, **values, "epochs": run.parameters.get("epochs")})
-    return pd.DataFrame(rows).set_index("size")
-
-
 def costs(study: Study) -> pd.DataFrame:
-    """Seconds a stage, device-hours, tokens/s, waiting and peak memory of every finished run; a CPU is one device.
+    """Seconds a stage, device-hours, tokens/s and peak memory of every finished run; a CPU is one device.
 
     `evaluation` holds the base's (where the run measured it itself) and the sending of weights; `other` is the rest.
     """
-    return pd.DataFrame([cost(run) for run in study.finished])
+    rows = []
+    for run in study.finished:
+        devices = {run.environment.get("train_device", "cpu"), run.environment.get("eval_device", "cpu")}
+        seconds = run.summary["seconds"]
+        row = {"run": run.name, "size": run.size, "total": seconds["total"]}
+        stages = {stage: seconds.get(stage, 0.0) for stage in ("setup", "engine_start", "train")}
+        stages["evaluation"] = seconds.get("evaluate", 0.0) + seconds.get("sync", 0.0)
+        stages["other"] = max(seconds["total"] - sum(stages.values()), 0.0)
+        row |= {**stages, "device_hours": len(devices) * seconds["total"] / 3600}
+        row |= {"tokens_per_second": run.summary.get("train_tokens_per_second")}
+        row |= {"peak_memory_gib": (run.summary.get("peak_train_memory_bytes") or np.nan) / 2**30}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def cost(run: RunFolder) -> dict:
-    devices = {run.environment.get("train_device", "cpu"), run.environment.get("eval_device", "cpu")}
-    seconds = run.summary["seconds"]
-    stages = {stage: seconds.get(stage, 0.0) for stage in ("setup", "engine_start", "train")}
-    stages["evaluation"] = seconds.get("evaluate", 0.0) + seconds.get("sync", 0.0)
-    stages["other"] = max(seconds["total"] - sum(stages.values()), 0.0)
-    return {
-        "run": run.name,
-        "size": run.size,
-        "total": seconds["total"],
-        **stages,
-        "device_hours": len(devices) * seconds["total"] / 3600,
-        "tokens_per_second": run.summary.get("train_tokens_per_second"),
-        "wait_share": run.summary.get("train_wait_share", np.nan),
-        "peak_memory_gib": (run.summary.get("peak_train_memory_bytes") or np.nan) / 2**30,
-    }
-
-
-def missing_sizes(study: Study) -> list[str]:
-    """Sizes of the assignment that no run of the folder was made for, whatever became of it."""
-    return [size for size in SIZES if size not in {run.size for run in study.runs}]
-
-
-def settings_by_run(study: Study, part: str) -> pd.DataFrame:
-    """Settings of the finished runs as text; rows are settings, columns runs. `part`: "parameters" or "environment".
+def settings_by_run(study: Study) -> pd.DataFrame:
+    """Settings, versions and machines of the finished runs as text; rows are settings, columns runs.
 
     Which of a machine's GPUs a run had is no setting: runs side by side take turns. Where steps are matched, epochs
     differ on purpose.
     """
-    table = pd.DataFrame({run.name: flat(getattr(run, part)) for run in study.finished}, dtype=object).map(str)
+    columns = {}
+    for run in study.finished:
+        settings = {**run.environment, **run.environment.get("versions", {}), **run.parameters}
+        columns[run.name] = {name: shown_path(value) for name, value in settings.items() if name != "versions"}
+    table = pd.DataFrame(columns, dtype=object).map(str)
     devices = table.index.intersection(["train_device", "eval_device"])
     table.loc[devices] = table.loc[devices].map(lambda device: device.partition(":")[0])
-    return table.drop(
-        index=OWN_PARAMETERS | {"git_dirty"} | ({"epochs"} if steps_matched(study) else set()), errors="ignore"
-    )
-
-
-def differing(study: Study, part: str) -> pd.DataFrame:
-    """The rows of `settings_by_run` that finished runs don't share."""
-    table = settings_by_run(study, part)
-    return table[table.nunique(axis=1) > 1]
-
-
-def shared(study: Study, part: str) -> pd.Series:
-    """The settings that all finished runs share."""
-    table = settings_by_run(study, part)
-    return table[table.nunique(axis=1) == 1].iloc[:, 0]
+    unlisted = OWN_PARAMETERS | ({"epochs"} if steps_matched(study) else set())
+    return table.drop(index=unlisted, errors="ignore")
 
 
 def steps_matched(study: Study) -> bool:
     """Whether all sizes took the same number of optimizer steps, their epochs differing for that reason."""
     steps = [run.data.get("train_steps") or 0 for run in study.finished]
     return len(steps) > 1 and min(steps) > 0 and max(steps) <= 1.05 * min(steps)
-
-
-def flat(settings: dict) -> dict:
-    """One level of nesting (versions) folded in; paths shown as the report may show them."""
-    folded = {}
-    for name, value in settings.items():
-        folded.update(value if isinstance(value, dict) else {name: value})
-    is_path = {name: isinstance(value, str) and value.startswith("/") for name, value in folded.items()}
-    return {name: shown_path(value) if is_path[name] else value for name, value in folded.items()}
 
 
 def tuning(study: Study) -> tuple[pd.DataFrame, dict]:

@@ -8,7 +8,7 @@ import pandas as pd
 from lib.evaluation.verdicts import VERDICT_WORDS
 from lib.files import read_lines
 from lib.report import numbers
-from lib.report.load import Study, final_lines, shown_path
+from lib.report.load import Study, final_lines
 from lib.report.numbers import Comparison
 from lib.report.statistics import Estimate
 
@@ -43,12 +43,6 @@ NAMES = {
     "full": "the full set",
     "control": "the control",
     "filtered": "the filtered set",
-}
-OUTCOMES = {
-    "gain": "a clear gain",
-    "loss": "a clear loss",
-    "alike": "alike within 2 points",
-    "undecided": "undecided",
 }
 
 
@@ -97,10 +91,6 @@ def named(size: str) -> str:
 def listed(words) -> str:
     words = list(words)
     return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + words[-1] if words else ""
-
-
-def bullets(lines) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -153,7 +143,7 @@ def comparison_table(comparisons: dict[tuple[str, str], Comparison]) -> str:
             "accuracy (95 %)": points(change.accuracy),
             "p": p_text(change.accuracy.p).removeprefix("p = ").removeprefix("p "),
             "p, Holm": p_text(change.adjusted).removeprefix("p = ").removeprefix("p "),
-            "reading": OUTCOMES[change.outcome],
+            "reading": change.outcome,
             "lenient reading": points(change.lenient),
             "greedy": points(change.greedy),
         }
@@ -161,31 +151,6 @@ def comparison_table(comparisons: dict[tuple[str, str], Comparison]) -> str:
     ]
     shown = pd.DataFrame(rows)
     return table(shown.loc[:, (shown != "–").any()])
-
-
-def examples_table(study: Study) -> str:
-    rows = numbers.examples(study).reset_index()
-    rows["size"] = rows["size"].map(named)
-    rows["epochs"] = rows["epochs"].map("{:g}".format)
-    names = ["trained on", "traces", "distinct training problems", "in the right form", "with a right answer"]
-    rows.columns = [*names, "optimizer steps", "epochs"]
-    return table(rows.astype(object).where(rows.notna(), "–"))
-
-
-def level_table(study: Study) -> str:
-    levels = numbers.by_level(study)
-    if levels.empty:
-        return "These data have no levels."
-    shown = levels.map(percent).reset_index()
-    shown["index"] = shown["index"].map(named)
-    return table(shown.rename(columns={"index": "accuracy by level"}))
-
-
-def transition_table(study: Study, first: str, second: str) -> str:
-    shown = numbers.transitions(study, first, second).rename(index=VERDICT_WORDS, columns=VERDICT_WORDS)
-    shown.index = [f"{first}: {name}" for name in shown.index]
-    shown.columns = [f"{second}: {name}" for name in shown.columns]
-    return table(shown.reset_index(names="answers"))
 
 
 # --- Answers side by side ------------------------------------------------------------------------------------------
@@ -204,9 +169,12 @@ def side_by_side(study: Study, number: int, length: int = 700) -> str:
     if not answers:
         return "<p>No run kept its answers.</p>"
     verdicts = pd.concat([rows["verdict"].rename(size) for size, rows in answers.items()], axis=1, join="inner")
-    rows = [answer_rows(name, answers, length) for name in chosen(verdicts, number)]
-    head = "".join(f"<th style='text-align:left'>{html.escape(named(size))}</th>" for size in answers)
-    return f"<table style='width:100%;table-layout:fixed'><tr>{head}</tr>{''.join(rows)}</table>"
+    names = chosen(verdicts, number)
+    cells = {named(size): [answer_cell(rows.loc[name], length) for name in names] for size, rows in answers.items()}
+    rows = next(iter(answers.values())).loc[names, ["subject", "level"]]
+    heads = [html.escape(" · ".join([name, *row.dropna()])) for name, row in rows.iterrows()]
+    with pd.option_context("display.max_colwidth", None):
+        return pd.DataFrame(cells, index=heads).to_html(escape=False, border=0, justify="left")
 
 
 def chosen(verdicts: pd.DataFrame, number: int) -> list[str]:
@@ -220,15 +188,6 @@ def chosen(verdicts: pd.DataFrame, number: int) -> list[str]:
     return [verdicts.index[(verdicts == list(pattern)).all(axis=1)][0] for pattern in kept]
 
 
-def answer_rows(name: str, answers: dict[str, pd.DataFrame], length: int) -> str:
-    """Two rows of HTML: which problem, and each model's answer to it."""
-    problem = next(iter(answers.values())).loc[name]
-    place = html.escape("".join(f" · {value}" for value in problem[["subject", "level"]].dropna()))
-    cells = "".join(answer_cell(rows.loc[name], length) for rows in answers.values())
-    head = f"<td colspan='{len(answers)}' style='text-align:left'><b>{html.escape(name)}</b>{place}</td>"
-    return f"<tr>{head}</tr><tr>{cells}</tr>"
-
-
 def answer_cell(row: pd.Series, length: int) -> str:
     text = row["response"]
     if len(text) > length:
@@ -236,10 +195,8 @@ def answer_cell(row: pd.Series, length: int) -> str:
         text = f"{start}\n[… {len(text) - len(start) - len(end)} characters left out …]\n{end}"
     mark = "✓" if row["verdict"] == "correct" else "✗"
     style = "white-space:pre-wrap;word-break:break-word;font-size:11px;text-align:left"
-    return (
-        f"<td style='text-align:left;vertical-align:top'><b>{mark} {VERDICT_WORDS[row['verdict']]}</b> · "
-        f"{row['tokens']} tokens<pre style='{style}'>{html.escape(text)}</pre></td>"
-    )
+    head = f"<b>{mark} {VERDICT_WORDS[row['verdict']]}</b> · {row['tokens']} tokens"
+    return f"{head}<pre style='{style}'>{html.escape(text)}</pre>"
 
 
 # --- Cost and settings ---------------------------------------------------------------------------------------------
@@ -253,40 +210,26 @@ def cost_table(study: Study) -> str:
         "trained on": rows.index.map(named),
         "runs": count,
         "a run": rows["total"].map(duration),
-        "engine start": rows["engine_start"].map(duration),
         "training": rows["train"].map(duration),
         "evaluation": rows["evaluation"].map(duration),
         "device-hours, all": hours.map("{:.3f}".format),
         "tokens/s, first step included": rows["tokens_per_second"].map("{:.0f}".format),
-        "training waits (share of its time)": rows["wait_share"].map(percent),
         "peak training memory": rows["peak_memory_gib"].map(lambda gib: "–" if pd.isna(gib) else f"{gib:.1f} GiB"),
     }
     return table(pd.DataFrame(shown))
 
 
 def runs_table(study: Study) -> str:
-    """A size a row: what became of its runs, and what they were made from."""
+    """A size a row: what its runs were trained on, what became of them, and the code that made them."""
+    counts = {"traces": "selected", "training problems": "selected_problems", "optimizer steps": "train_steps"}
+    counts["validation problems"] = "validation"
     rows = []
     for size in dict.fromkeys(run.size for run in study.runs):
         runs = [run for run in study.runs if run.size == size]
-        commits = {str(run.environment.get("git_commit") or "–")[:10] for run in runs}
-        rows.append(
-            {
-                "trained on": named(size),
-                "seeds": ", ".join(f"{run.seed}" + f" ({run.status})" * (run.status != "finished") for run in runs),
-                "commit": listed(sorted(commits)),
-                "template": listed(sorted({shown_path(run.data.get("template", "–")) for run in runs})),
-                "validation problems": listed(sorted({str(run.data.get("validation", "–")) for run in runs})),
-            }
-        )
-    return table(pd.DataFrame(rows))
-
-
-def settings_table(study: Study) -> str:
-    """What every finished run shares: settings beside versions and machine."""
-    columns = [list(numbers.shared(study, part).items()) for part in ("parameters", "environment")]
-    rows = []
-    for place in range(max(map(len, columns))):
-        cells = [f"`{part[place][0]}` {part[place][1]}" if place < len(part) else "" for part in columns]
-        rows.append(dict(zip(("settings of all finished runs", "their versions and machine"), cells, strict=True)))
+        row = {"trained on": named(size)}
+        row["seeds"] = listed(f"{run.seed}" + f" ({run.status})" * (run.status != "finished") for run in runs)
+        row |= {head: listed({str(run.data.get(name, "–")): 0 for run in runs}) for head, name in counts.items()}
+        row["epochs"] = listed({f"{run.parameters.get('epochs', '–')}": 0 for run in runs})
+        row["commit"] = listed({str(run.environment.get("git_commit") or "–")[:10]: 0 for run in runs})
+        rows.append(row)
     return table(pd.DataFrame(rows))
