@@ -5,7 +5,7 @@ What the marks mean stands under the picture, in the notebook.
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lib.evaluation.verdicts import VERDICT_WORDS, VERDICTS
 from lib.report.canvas import GREY, HALO, PURPLE, VERMILION, bare_bars, canvas, legend_above, look, percent_axis, styled
@@ -17,23 +17,20 @@ VERDICT_LOOK = {  # fill and ink; from Okabe and Ito's palette, dark to light, s
     "correct": ("#00523f", "white"),
     "wrong": ("#e69f00", "black"),
     "no_answer": ("#b9d9ec", "black"),
-    "truncated": ("#efefef", "black"),
+    "truncated": ("#dddddd", "black"),
 }
 
 
-def examples_axis(axes, ends, first):
-    """Examples seen; logarithmic from the first evaluation on where the runs end far apart, so that short ones show."""
-    axes.set_xlabel("training examples seen")
-    last = max(ends)
-    if last > 4 * min(ends):
+def examples_axis(axes, seen: pd.Series):
+    """Examples seen: 0 for the base, then logarithmic from the first evaluation on, so that short runs show."""
+    first, last = seen[seen > 0].min(), seen.max()
+    axes.set_xlabel("training examples seen (log)")
+    if last > 0:
         axes.set_xscale("symlog", linthresh=first, linscale=0.35, base=2)
-        wide = axes.get_position().width > 0.5
-        ticks = 25 * (2.0 if wide else 8.0) ** np.arange(20)
-        axes.xaxis.set_major_locator(FixedLocator([0, *ticks[(ticks >= first) & (ticks <= last * 1.2)]]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        if wide:
-            axes.set_xlabel("training examples seen (logarithmic after the zero-shot base at 0)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", "\u202f")))
+    ticks = 25 * 4.0 ** np.arange(20)
+    axes.xaxis.set_major_locator(FixedLocator([0, *ticks[(ticks >= first) & (ticks <= last * 1.2)]]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:.0f}")
 
 
 @styled
@@ -44,12 +41,10 @@ def accuracy_curves(curves: pd.DataFrame, target: float | None = None):
         band = (curve["examples_seen"], curve["accuracy_low"], curve["accuracy_high"])
         axes.fill_between(*band, color=look(size).colour, alpha=0.1, linewidth=0)
     draw_lines(axes, curves, "accuracy")
-    ends = [line.get_xdata()[-1] for line in axes.lines]
     base = curves[curves["train_step"] == 0]["accuracy"].mean()
     axes.plot(0, base, marker="*", color=GREY, markersize=11, clip_on=False, zorder=5)
     axes.annotate("base", (0, base), (6, 7), color=GREY, **NOTE)
-    trained = curves[curves["examples_seen"] > 0]["examples_seen"]
-    examples_axis(axes, ends if len(trained) else [1], trained.min() if len(trained) else 1)
+    examples_axis(axes, curves["examples_seen"])
     percent_axis(axes.yaxis)
     axes.set_ylabel("validation accuracy")
     top = curves["accuracy_high"].max()
@@ -102,7 +97,7 @@ def final_point(axes, size, row, key, greedy, seeds):
     if len(seeds) > 1:
         axes.plot([x * 1.06] * len(seeds), seeds, ".", color=style.colour, alpha=0.55, markersize=4)
     mark = {"marker": style.marker, "color": style.colour, "markersize": 6}
-    axes.plot(x, row[key], markeredgecolor="white", zorder=3, linestyle="none", label=style.label, **mark)
+    axes.plot(x, row[key], zorder=3, linestyle="none", label=style.label, **mark)
     axes.plot(x, greedy[key].get(size, np.nan), fillstyle="none", **mark)
     lenient = row["lenient_accuracy"] if key == "accuracy" else np.nan
     axes.plot(x, lenient, marker="_", color=style.colour, markersize=13, markeredgewidth=2)
@@ -142,16 +137,10 @@ def training(metrics: pd.DataFrame, curves: pd.DataFrame):
         axes.set_title(title)
         axes.set_ylabel("nats a response token")
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
     draw_lines(length, curves, "mean_tokens")
     length.set(title="Length of responses", ylabel="tokens", ylim=(0, None))
-    for axes in (loss, entropy, length):
-        seen = sorted({x for line in axes.lines for x in line.get_xdata() if x > 0})
-        ends = [line.get_xdata()[-1] for line in axes.lines]
-        examples_axis(axes, ends, seen[0])
-        axes.set_xlim(left=0 if axes is length else seen[0])
+    for axes, seen in ((loss, metrics), (entropy, metrics), (length, curves)):
+        examples_axis(axes, seen["examples_seen"])
     legend_above(figure, length)
     return figure, metrics[["run", "train_step", "examples_seen", "loss", "token_entropy", "learning_rate"]]
 

@@ -180,14 +180,6 @@ def records(path: Path) -> pd.DataFrame:
     return pd.DataFrame(read_lines(path), columns=RECORD)
 
 
-def answers(study: Study, size: str) -> pd.DataFrame:
-    """All final answers of a size or of "base", its seeds together, with a column `seed`."""
-    lines = final_lines(study)
-    lines = lines[lines["size"] == size]
-    tables = [records(path).assign(seed=seed) for path, seed in zip(lines["path"], lines["seed"], strict=True)]
-    return pd.concat(tables or [pd.DataFrame(columns=[*RECORD, "seed"])])
-
-
 def cells(lines: pd.DataFrame, column: str = "correct") -> pd.DataFrame:
     """The share of `column` over the samples of each problem: rows problems, columns seeds. `lines`: evaluations of one
     size at one moment, a seed each. Empty where the answers of a seed are gone or don't have the column.

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lib.evaluation.verdicts import VERDICTS
 from lib.files import read_json, read_lines
-from lib.report.load import Study, answers, cells, final_lines, records, shown_path
+from lib.report.load import Study, cells, final_lines, records, shown_path
 from lib.report.statistics import (
     LEVEL,
     Estimate,
@@ -192,7 +192,9 @@ def trend_over_n(study: Study) -> Estimate | None:
 
 def by_subject_and_level(study: Study, size: str) -> pd.DataFrame:
     """Columns subject, level, n, correct of a size's final answers, over its seeds; empty for data without either."""
-    rows = answers(study, size)[["subject", "level", "correct"]].dropna().astype({"correct": float})
+    lines = final_lines(study)
+    rows = pd.concat([records(path) for path in lines.loc[lines["size"] == size, "path"]])
+    rows = rows[["subject", "level", "correct"]].dropna().astype({"correct": float})
     return rows.groupby(["subject", "level"])["correct"].agg(n="size", correct="sum").reset_index()
 
 

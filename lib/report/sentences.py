@@ -53,14 +53,12 @@ def model_card(model: str) -> str:
 
 
 def finding(study: Study) -> str:
-    """The finding in two sentences with numbers, and one on the assignment's target."""
     changes = numbers.comparisons(study)
     sentences = [finding_of_size(study, changes), finding_of_filter(study, changes), finding_of_target(study)]
     return f"**Finding.** {' '.join(sentence for sentence in sentences if sentence)}"
 
 
 def finding_of_size(study: Study, changes: dict[tuple[str, str], Comparison]) -> str:
-    """Least against most traces, and the base."""
     sizes, table = study.unfiltered, numbers.final(study)
     if not sizes:
         return "No run on an unfiltered set is finished, so nothing can be said about the number of traces yet."
@@ -75,7 +73,6 @@ def finding_of_size(study: Study, changes: dict[tuple[str, str], Comparison]) ->
 
 
 def finding_of_filter(study: Study, changes: dict[tuple[str, str], Comparison]) -> str:
-    """Filtered against full with the two parts of the difference, and against the control."""
     lacking = [size for size in ("full", "filtered") if size not in study.sizes]
     change, control = changes.get(("full", "filtered")), changes.get(("control", "filtered"))
     if change is None:
@@ -107,7 +104,9 @@ def finding_of_target(study: Study) -> str:
     reached, best = table.index[table["accuracy"] >= goal], table["accuracy"].idxmax()
     outcome = f"is not reached: the best is {with_interval(table.loc[best])} with {named(best)}"
     if len(reached):
+        unsure = table.index[(table["accuracy_low"] < goal) & (table["accuracy"] >= goal)]
         outcome = f"is reached with {listed(map(named, reached))}"
+        outcome += f"; the interval of {listed(map(named, unsure))} reaches below it" if len(unsure) else ""
     return f"The assignment's target of {percent(goal, 0)} {outcome}."
 
 

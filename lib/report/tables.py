@@ -169,12 +169,9 @@ def side_by_side(study: Study, number: int, length: int = 700) -> str:
     if not answers:
         return "<p>No run kept its answers.</p>"
     verdicts = pd.concat([rows["verdict"].rename(size) for size, rows in answers.items()], axis=1, join="inner")
-    names = chosen(verdicts, number)
-    cells = {named(size): [answer_cell(rows.loc[name], length) for name in names] for size, rows in answers.items()}
-    rows = next(iter(answers.values())).loc[names, ["subject", "level"]]
-    heads = [html.escape(" · ".join([name, *row.dropna()])) for name, row in rows.iterrows()]
-    with pd.option_context("display.max_colwidth", None):
-        return pd.DataFrame(cells, index=heads).to_html(escape=False, border=0, justify="left")
+    rows = [answer_rows(name, answers, length) for name in chosen(verdicts, number)]
+    head = "".join(f"<th style='text-align:left'>{html.escape(named(size))}</th>" for size in answers)
+    return f"<table style='width:100%;table-layout:fixed'><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def chosen(verdicts: pd.DataFrame, number: int) -> list[str]:
@@ -188,6 +185,14 @@ def chosen(verdicts: pd.DataFrame, number: int) -> list[str]:
     return [verdicts.index[(verdicts == list(pattern)).all(axis=1)][0] for pattern in kept]
 
 
+def answer_rows(name: str, answers: dict[str, pd.DataFrame], length: int) -> str:
+    problem = next(iter(answers.values())).loc[name]
+    place = html.escape("".join(f" · {value}" for value in problem[["subject", "level"]].dropna()))
+    cells = "".join(answer_cell(rows.loc[name], length) for rows in answers.values())
+    head = f"<td colspan='{len(answers)}' style='text-align:left'><b>{html.escape(name)}</b>{place}</td>"
+    return f"<tr>{head}</tr><tr>{cells}</tr>"
+
+
 def answer_cell(row: pd.Series, length: int) -> str:
     text = row["response"]
     if len(text) > length:
@@ -196,7 +201,7 @@ def answer_cell(row: pd.Series, length: int) -> str:
     mark = "✓" if row["verdict"] == "correct" else "✗"
     style = "white-space:pre-wrap;word-break:break-word;font-size:11px;text-align:left"
     head = f"<b>{mark} {VERDICT_WORDS[row['verdict']]}</b> · {row['tokens']} tokens"
-    return f"{head}<pre style='{style}'>{html.escape(text)}</pre>"
+    return f"<td style='text-align:left;vertical-align:top'>{head}<pre style='{style}'>{html.escape(text)}</pre></td>"
 
 
 # --- Cost and settings ---------------------------------------------------------------------------------------------
