@@ -1,7 +1,4 @@
-"""The report's pictures. Each function takes tables of numbers.py and returns a figure and the data behind it.
-
-What the marks mean stands under the picture, in the notebook.
-"""
+"""The report's pictures. Each function takes tables of numbers.py and returns a figure and the data behind it."""
 
 import numpy as np
 import pandas as pd
@@ -78,10 +75,9 @@ def final_accuracy(sampled: pd.DataFrame, greedy: pd.DataFrame, seeds: pd.DataFr
         for size, row in sampled.drop(index="base", errors="ignore").iterrows():
             final_point(axes, size, row, key, greedy, seeds.loc[seeds["size"] == size, key])
         for source in published:
-            place = 1 if key == "accuracy" else 2
-            points = [(point[0], point[place]) for point in source["points"].values() if point[0] and point[place]]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            axes.plot(x, y, source["mark"], color="black", markersize=7, label=source["source"].split("/")[0])
+            n, accuracy, form = np.array([point for point in source["points"].values() if point[0]], float).T
+            theirs = {"color": "black", "markersize": 7, "label": source["source"].split("/")[0]}
+            axes.plot(n, accuracy if key == "accuracy" else form, source["mark"], **theirs)
         axes.set_xlabel("distinct training traces")
         axes.xaxis.set_major_formatter("{x:.0f}")
         percent_axis(axes.yaxis)
@@ -105,7 +101,6 @@ def final_point(axes, size, row, key, greedy, seeds):
 
 @styled
 def verdicts(sampled: pd.DataFrame):
-    """What became of the answers: correct, wrong, wrong form, cut off, one bar a size."""
     sizes = list(sampled.index)[::-1]
     counts = sampled.loc[sizes, list(VERDICTS)]
     shares = counts.div(counts.sum(axis=1), axis=0)
@@ -114,10 +109,9 @@ def verdicts(sampled: pd.DataFrame):
     for verdict in VERDICTS:
         colour, ink = VERDICT_LOOK[verdict]
         named = {"color": colour, "label": VERDICT_WORDS[verdict]}
-        axes.barh(range(len(sizes)), shares[verdict], left=left, edgecolor="white", height=0.72, **named)
-        for place, share in enumerate(shares[verdict]):
-            if share >= 0.05:
-                axes.text(left[place] + share / 2, place, f"{share * 100:.0f}", ha="center", va="center", color=ink)
+        bars = axes.barh(range(len(sizes)), shares[verdict], left=left, edgecolor="white", height=0.72, **named)
+        texts = [f"{share * 100:.0f}" if share >= 0.05 else "" for share in shares[verdict]]
+        axes.bar_label(bars, texts, label_type="center", color=ink)
         left += shares[verdict].to_numpy()
     legend_above(figure, axes)
     axes.set_yticks(range(len(sizes)), [look(size).label for size in sizes])

@@ -127,16 +127,14 @@ def selected(run: RunFolder) -> int:
 
 def one_for_each(runs: list[RunFolder]) -> tuple[list[RunFolder], list[tuple[str, str]]]:
     """One run a size and seed, a finished one or else the one with the study's own name; and the others' names."""
-    stands: dict[tuple[str, int], str] = {}
 
     def rank(run: RunFolder) -> tuple:
         n, filtered = run.parameters.get("n"), run.parameters.get("filtered", False)
         return run.status != "finished", run.name != default_run_name(n, filtered, run.seed), run.name
 
-    for run in sorted(runs, key=rank):
-        stands.setdefault((run.size, run.seed), run.name)
+    stands = {(run.size, run.seed): run for run in sorted(runs, key=rank, reverse=True)}  # the first by rank stays
     twins = [(run, stands[run.size, run.seed]) for run in runs]
-    return [run for run, twin in twins if run.name == twin], [(r.name, twin) for r, twin in twins if r.name != twin]
+    return [run for run, twin in twins if run is twin], [(r.name, twin.name) for r, twin in twins if r is not twin]
 
 
 def graded(row: dict) -> int:

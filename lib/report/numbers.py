@@ -48,10 +48,9 @@ def final(study: Study, decoding: str = "sampled") -> pd.DataFrame:
 def over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Evaluation lines over seeds, one row for each of `keys`.
 
-    Means of every measured column; `seeds`; the accuracy's spread `lowest`..`highest`; `undecided` in all; 95 %
-    intervals of shares: `accuracy_low`, `accuracy_high`, `format_rate_low`, ...; where there are several samples a
-    problem, `pass_at_k` (a problem counts where any is right); the shares of the accuracy's variance that come from
-    seeds and from sampling. NaN is what was not measured.
+    Means; `seeds`; the accuracy's spread `lowest`..`highest`; `undecided` in all; 95 % intervals of shares
+    (`accuracy_low`, ...); `pass_at_k` of several samples a problem; the shares of the accuracy's variance that come
+    from seeds and from sampling. NaN is what was not measured.
     """
     measured = [*MEASURED, "undecided"]
     rows = rows.reindex(columns=[*dict.fromkeys([*keys, "seed", "path", *measured])])
@@ -70,13 +69,12 @@ def over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
                 samples = int(records(group["path"].iloc[0])["id"].value_counts().max())
                 row |= {"seed_share": mean.seed_share, **several_samples(found, samples, mean)}
         table.append(row)
-    names = ["samples", "pass_at_k", "seed_share", "sampling_share"]
-    table = pd.DataFrame(table)
-    return table.reindex(columns=[*dict.fromkeys([*table.columns, *names])])
+    unmeasured = dict.fromkeys(["samples", "pass_at_k", "seed_share", "sampling_share"], np.nan)
+    return pd.DataFrame([{**unmeasured, **row} for row in table])
 
 
 def several_samples(shares: np.ndarray, samples: int, mean: Estimate) -> dict[str, float]:
-    """What several samples a problem show. `shares`: right ones of `samples`, (seeds, problems)."""
+    """`shares`: right ones of `samples`, (seeds, problems)."""
     if samples == 1 or not mean.error:
         return {"samples": samples}
     sampling = (shares * (1 - shares) / (samples - 1)).mean() / shares.size  # of the mean's variance
@@ -90,12 +88,9 @@ def several_samples(shares: np.ndarray, samples: int, mean: Estimate) -> dict[st
 class Comparison:
     """Two sizes on the same problems; every difference is second minus first, of sampled answers but for `greedy`.
 
-    `form` and `correctness`: the parts of the difference in accuracy. `adjusted`: p after Holm's correction within the
-    comparison's family.
+    `form` and `correctness`: the parts of the accuracy's difference. `adjusted`: p after Holm's correction in a family.
     """
 
-    first: str
-    second: str
     problems: int
     accuracy: Estimate
     form: Estimate
@@ -106,7 +101,6 @@ class Comparison:
 
     @property
     def clear(self) -> bool:
-        """The one meaning of 'clear': the adjusted p is below 5 %."""
         return self.adjusted < LEVEL
 
     @property
@@ -117,17 +111,16 @@ class Comparison:
 
 
 def comparisons(study: Study) -> dict[tuple[str, str], Comparison]:
-    """Every comparison that the report speaks of, by (first, second): least and most traces and the steps between;
-    the filtered set with the full one and with the control: two families. Those that share no seed and problem are
-    left out."""
+    """Two families of comparisons by (first, second): least and most traces and the steps between; `FILTER_PAIRS`.
+    Those that share no seed and problem are left out."""
     sizes = study.unfiltered
     by_n = [(sizes[0], sizes[-1])] if len(sizes) > 1 else []
     made = {}
     for family in (dict.fromkeys([*by_n, *pairwise(sizes)]), FILTER_PAIRS):
-        found = [compare(study, *pair) for pair in family if set(pair) <= set(study.sizes)]
-        found = [change for change in found if change]
-        for change, adjusted in zip(found, holm([change.accuracy.p for change in found]), strict=True):
-            made[change.first, change.second] = replace(change, adjusted=float(adjusted))
+        found = {pair: compare(study, *pair) for pair in family if set(pair) <= set(study.sizes)}
+        found = {pair: change for pair, change in found.items() if change}
+        adjusted = holm([change.accuracy.p for change in found.values()])
+        made |= {pair: replace(found[pair], adjusted=p) for pair, p in zip(found, adjusted, strict=True)}
     return made
 
 
@@ -139,8 +132,6 @@ def compare(study: Study, first: str, second: str) -> Comparison | None:
     forms = shared_cells(study, first, second, "format")
     others = (shared_cells(study, first, second, "lenient"), shared_cells(study, first, second, "correct", "greedy"))
     return Comparison(
-        first,
-        second,
         arms[0].shape[1],
         paired_difference(*arms),
         *split((forms[0], arms[0]), (forms[1], arms[1])),
@@ -176,14 +167,13 @@ def parts_of_filter(changes: dict[tuple[str, str], Comparison]) -> dict[str, Est
 
 
 def trend_over_n(study: Study) -> Estimate | None:
-    """One model over all unfiltered runs: `statistics.trend`."""
     lines, tables = final_lines(study), []
-    traces = {run.name: run.data.get("selected") for run in study.finished if run.size in study.unfiltered}
-    for name, path in zip(lines["run"], lines["path"], strict=True):
-        if name in traces:
-            shares = records(path)["correct"].astype(float).groupby(records(path)["id"]).mean()
-            columns = {"n": traces[name], "run": name, "problem": shares.index, "correct": shares.to_numpy()}
-            tables.append(pd.DataFrame(columns))
+    for size in study.unfiltered:
+        table = cells(lines[lines["size"] == size]).rename_axis("problem").reset_index()
+        if len(table):
+            table = table.melt("problem", var_name="seed", value_name="correct")
+            runs = size + table["seed"].astype(str)
+            tables.append(table.assign(n=study.of_size(size)[0].data["selected"], run=runs))
     return trend(pd.concat(tables)) if tables else None
 
 
@@ -215,18 +205,15 @@ def costs(study: Study) -> pd.DataFrame:
         stages["evaluation"] = seconds.get("evaluate", 0.0) + seconds.get("sync", 0.0)
         stages["other"] = max(seconds["total"] - sum(stages.values()), 0.0)
         row |= {**stages, "device_hours": len(devices) * seconds["total"] / 3600}
-        row |= {"tokens_per_second": run.summary.get("train_tokens_per_second")}
+        row["tokens_per_second"] = run.summary.get("train_tokens_per_second")
         row |= {"peak_memory_gib": (run.summary.get("peak_train_memory_bytes") or np.nan) / 2**30}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def settings_by_run(study: Study) -> pd.DataFrame:
-    """Settings, versions and machines of the finished runs as text; rows are settings, columns runs.
-
-    Which of a machine's GPUs a run had is no setting: runs side by side take turns. Where steps are matched, epochs
-    differ on purpose.
-    """
+    """Settings, versions and machines of the finished runs as text; rows are settings, columns runs. Left out: which of
+    a machine's GPUs a run had, as runs side by side take turns, and epochs where they differ to match steps."""
     columns = {}
     for run in study.finished:
         settings = {**run.environment, **run.environment.get("versions", {}), **run.parameters}
@@ -245,6 +232,6 @@ def steps_matched(study: Study) -> bool:
 
 
 def tuning(study: Study) -> tuple[pd.DataFrame, dict]:
-    """The grid of short runs and the choice made from it; empty where the folder has no tuning/."""
+    """The grid of short runs and the choice made from it, or two empty ones."""
     folder = study.folder / "tuning"
     return pd.DataFrame(read_lines(folder / "tuning.jsonl")), read_json(folder / "choice.json")

@@ -26,12 +26,10 @@ RECIPE = ("learning_rate", "batch_size", "epochs", "temperature", "top_p", "max_
 
 
 def target_accuracy(study: Study) -> float | None:
-    """The assignment's target is for MATH; `mini` has none."""
     return TARGET if study.profile == "math" else None
 
 
 def title(study: Study, note: str | None = None) -> str:
-    """The question, the model (with the first sentence of its card, where its folder has one) and a given note."""
     data = {"math": "MATH", "mini": "the generated `mini` problems"}.get(study.profile, "problems")
     models = sorted({run.parameters["model"] for run in study.runs if run.parameters.get("model")})
     cards = [f"**The model.** {card}" for card in map(model_card, models) if card]
@@ -88,7 +86,6 @@ def finding_of_filter(study: Study, changes: dict[tuple[str, str], Comparison]) 
 
 
 def evidence(change: Comparison) -> str:
-    """A sampled difference with its interval and both p, and what the lenient reading says of it."""
     value = signed(change.accuracy.value)
     value = value.lstrip("+−") if change.clear else value  # the verb has the sign
     interval = f"95 % interval {signed(change.accuracy.low)} to {signed(change.accuracy.high)}"
@@ -101,12 +98,13 @@ def finding_of_target(study: Study) -> str:
     goal, table = target_accuracy(study), numbers.final(study).drop(index="base", errors="ignore")
     if goal is None:
         return ""
-    reached, best = table.index[table["accuracy"] >= goal], table["accuracy"].idxmax()
-    outcome = f"is not reached: the best is {with_interval(table.loc[best])} with {named(best)}"
-    if len(reached):
-        unsure = table.index[(table["accuracy_low"] < goal) & (table["accuracy"] >= goal)]
-        outcome = f"is reached with {listed(map(named, reached))}"
-        outcome += f"; the interval of {listed(map(named, unsure))} reaches below it" if len(unsure) else ""
+    reached = table[table["accuracy"] >= goal]
+    unsure = reached.index[reached["accuracy_low"] < goal]
+    outcome = f"is reached with {listed(map(named, reached.index))}"
+    outcome += f"; the interval of {listed(map(named, unsure))} reaches below it" if len(unsure) else ""
+    if reached.empty:
+        best = table["accuracy"].idxmax()
+        outcome = f"is not reached: the best is {with_interval(table.loc[best])} with {named(best)}"
     return f"The assignment's target of {percent(goal, 0)} {outcome}."
 
 
@@ -115,8 +113,7 @@ def caution(study: Study) -> str:
     seeds = [len(study.of_size(size)) for size in study.sizes]
     text = (
         "One seed: the intervals hold the choice of problems and the sampling of answers. They do not hold what "
-        "another seed would change: the subset, the order of training and its chance. Shares have Wilson's interval; "
-        "p is of the exact paired test, and intervals of differences agree with it."
+        "another seed would change: the subset, the order of training and its chance. p is of the exact paired test."
     )
     if max(seeds) > 1:
         count = max(seeds) if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
@@ -221,7 +218,6 @@ def trend_words(study: Study) -> str:
 
 
 def grading_words(study: Study) -> str:
-    """Answers that grading left undecided, and validation problems near the training data."""
     undecided = numbers.final(study)["undecided"].sum(min_count=1)
     counted = f"The grader could not decide {undecided:.0f} answers within its limits; they count as wrong."
     if np.isnan(undecided):
@@ -236,7 +232,6 @@ def grading_words(study: Study) -> str:
 
 
 def filter_words(study: Study) -> str:
-    """What the filter removes, and whether a control tells fewer traces from better ones."""
     data = next((run.data for run in study.of_size("filtered") + study.of_size("full")), {})
     if data.get("correct") is None:
         return "The traces have no gold answers, or no full and no filtered run is finished."
@@ -257,8 +252,7 @@ def tuning_words(study: Study) -> str:
     chosen = (choice["learning_rate"], choice["batch_size"])
     used = {(run.parameters.get("learning_rate"), run.parameters.get("batch_size")) for run in study.finished}
     kept = "Every run uses it, whatever its n." if used == {chosen} else "**Not every finished run uses this choice.**"
-    why = choice.get("why", "no reason recorded")
     return (
         f"{len(grid)} short runs on the full set, judged on {grid['n'].iloc[0]} problems that the final numbers don't "
-        f"use. Chosen: learning rate {chosen[0]:g}, batch size {chosen[1]} ({why}). {kept}"
+        f"use. Chosen: learning rate {chosen[0]:g}, batch size {chosen[1]} ({choice.get('why', 'no reason')}). {kept}"
     )

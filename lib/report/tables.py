@@ -2,6 +2,7 @@
 
 import html
 import re
+from datetime import timedelta
 
 import pandas as pd
 
@@ -77,14 +78,10 @@ def p_text(p: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    text = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return text.replace(" ", "\u00a0")  # never broken across lines
+    return str(timedelta(seconds=round(seconds)))  # 0:04:34
 
 
 def named(size: str) -> str:
-    """A size inside a sentence."""
     return NAMES.get(size, size.replace("n", "n\u00a0=\u00a0", 1))
 
 
@@ -94,7 +91,6 @@ def listed(words) -> str:
 
 
 def table(rows: pd.DataFrame) -> str:
-    """A Markdown table of the cells as they are."""
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows.to_numpy(dtype=object)]
     lines = [list(map(str, rows.columns)), ["---"] * len(rows.columns), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -136,7 +132,6 @@ def final_table(study: Study) -> str:
 
 
 def comparison_table(comparisons: dict[tuple[str, str], Comparison]) -> str:
-    """Differences in percentage points on the same problems, second minus first."""
     rows = [
         {
             "from → to": f"{named(first)} → {named(second)}".replace("the ", "").replace(" set", ""),
@@ -157,10 +152,7 @@ def comparison_table(comparisons: dict[tuple[str, str], Comparison]) -> str:
 
 
 def side_by_side(study: Study, number: int, length: int = 700) -> str:
-    """HTML: the answers of base, n128, full and filtered to the same problems, chosen to differ as much as can be had.
-
-    Only what the models wrote and the problems' ids are shown, never a problem's text: runs on MATH are committed.
-    """
+    """HTML: answers to the same problems, chosen to differ; never a problem's text, since runs on MATH are committed."""
     sizes = [size for size in ("n128", "full", "filtered") if study.of_size(size)] or study.sizes[-1:]
     lines = final_lines(study).drop_duplicates("size").set_index("size")
     paths = {size: lines.loc[size, "path"] for size in ["base", *sizes] if size in lines.index}
@@ -210,11 +202,10 @@ def answer_cell(row: pd.Series, length: int) -> str:
 def cost_table(study: Study) -> str:
     """A size a row: means over its runs, device-hours of all of them together."""
     runs = numbers.costs(study).drop(columns="run").groupby("size", sort=False)
-    rows, count, hours = runs.mean(), runs.size(), runs["device_hours"].sum()
+    rows, hours = runs.mean(), runs["device_hours"].sum()
     shown = {
         "trained on": rows.index.map(named),
-        "runs": count,
-        "a run": rows["total"].map(duration),
+        "a run (h:min:s)": rows["total"].map(duration),
         "training": rows["train"].map(duration),
         "evaluation": rows["evaluation"].map(duration),
         "device-hours, all": hours.map("{:.3f}".format),
