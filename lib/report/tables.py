@@ -152,7 +152,7 @@ def comparison_table(comparisons: dict[tuple[str, str], Comparison]) -> str:
 
 
 def side_by_side(study: Study, number: int, length: int = 700) -> str:
-    """HTML: answers to the same problems, chosen to differ; never a problem's text, since runs on MATH are committed."""
+    """HTML: answers to the same problems, chosen to differ; no text of a problem, since runs on MATH are committed."""
     sizes = [size for size in ("n128", "full", "filtered") if study.of_size(size)] or study.sizes[-1:]
     lines = final_lines(study).drop_duplicates("size").set_index("size")
     paths = {size: lines.loc[size, "path"] for size in ["base", *sizes] if size in lines.index}
