@@ -18,13 +18,13 @@ VERDICT_LOOK = {  # fill and ink; from Okabe and Ito's palette, dark to light, s
 }
 
 
-def examples_axis(axes, seen: pd.Series):
+def examples_axis(axes, seen: pd.Series, between_ticks: float = 4.0):
     """Examples seen: 0 for the base, then logarithmic from the first evaluation on, so that short runs show."""
     first, last = seen[seen > 0].min(), seen.max()
     axes.set_xlabel("training examples seen (log)")
     if last > 0:
         axes.set_xscale("symlog", linthresh=first, linscale=0.35, base=2)
-    ticks = 25 * 4.0 ** np.arange(20)
+    ticks = 25 * between_ticks ** np.arange(20)
     axes.xaxis.set_major_locator(FixedLocator([0, *ticks[(ticks >= first) & (ticks <= last * 1.2)]]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:.0f}")
@@ -134,7 +134,8 @@ def training(metrics: pd.DataFrame, curves: pd.DataFrame):
     draw_lines(length, curves, "mean_tokens")
     length.set(title="Length of responses", ylabel="tokens", ylim=(0, None))
     for axes, seen in ((loss, metrics), (entropy, metrics), (length, curves)):
-        examples_axis(axes, seen["examples_seen"])
+        examples_axis(axes, seen["examples_seen"], between_ticks=8.0)
+        axes.set_xlim(left=seen["examples_seen"].min())  # steps begin at the first batch, evaluations at 0
     legend_above(figure, length)
     return figure, metrics[["run", "train_step", "examples_seen", "loss", "token_entropy", "learning_rate"]]
 
