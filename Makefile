@@ -59,8 +59,10 @@ run: setup  ## one run with 256 examples; does nothing where it is finished alre
 		$(RUN_NOTEBOOK) notebooks/train.ipynb runs/n256.ipynb -p n 256 && echo "Done: runs/n256.ipynb"; \
 	fi
 
-report: setup  ## the six runs and the report
-	$(BIN)/python -m lib.study
+SEEDS ?= 0
+
+report: setup  ## six runs for each seed (SEEDS="0 1 2"), and the report
+	$(BIN)/python -m lib.study --seeds $(SEEDS)
 
 test: setup  ## style and all tests
 	$(BIN)/ruff check .

@@ -190,4 +190,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         inside = Path(temporary) / folder.name
         inside.mkdir()
         yield inside
+        for path in [
+            *inside.rglob("*"),
+            inside,
+        ]:  # on the disk first: a power cut leaves no half
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
         inside.replace(folder)
