@@ -52,11 +52,19 @@ class Execution:
 
     The executed notebook appears under `output` only when it is whole; a failed one as `<name>.failed.ipynb`, with what
     its process printed in `<name>.log`. Whatever happens in between, `end` leaves nothing of it behind.
-    `owner`: the folder that it works for.
+    `owner`: the folder that it works for; `environment`: of its process, this one's if None.
     """
 
-    def __init__(self, notebook: Path, output: Path, parameters: dict, owner: Path, environment: dict | None = None):
-        self.output, self.owner = output, owner
+    def __init__(
+        self,
+        notebook: Path,
+        output: Path,
+        parameters: dict,
+        owner: Path,
+        environment: dict | None = None,
+        project: Path = PROJECT_ROOT,
+    ):
+        self.output, self.owner, self.project = output, owner, project
         self.environment = os.environ if environment is None else environment
         self.partial = output.with_name(f".{output.stem}.partial.ipynb")
         self.log = output.with_suffix(".log")
@@ -69,7 +77,7 @@ class Execution:
         with open(self.log, "w", encoding="utf-8") as printed:
             self.process = subprocess.Popen(
                 self.command,
-                cwd=PROJECT_ROOT,
+                cwd=self.project,
                 env={**self.environment, FOLDER: str(self.owner), OWNER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=printed,

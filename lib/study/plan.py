@@ -3,6 +3,7 @@
 import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from lib.files import PROJECT_ROOT, UserError, absolute, is_finished, read_json, shorten_path
 from lib.settings import changed_settings, default_run_name, resolve
@@ -20,6 +21,7 @@ class PlannedRun:
     name: str
     parameters: dict
     notebook: Path
+    measures_base: ClassVar[bool] = True  # unless the study's folder has the base
 
     def is_finished(self, folder: Path) -> bool:
         return is_finished(folder / self.name)

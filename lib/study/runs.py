@@ -41,6 +41,9 @@ class ThisMachine:
     def end(self, executions: list[Execution]) -> None:
         end(executions)
 
+    def close(self) -> None:
+        """Nothing stays open."""
+
 
 def run_all(runs: list[PlannedRun], folder: Path, machine, everything: int = 2048, every: float = 30.0) -> Outcome:
     """Make the runs that are not finished yet on `machine` (`ThisMachine`, or a cluster with the same methods)."""
@@ -51,7 +54,7 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, everything: int = 204
     try:
         with progress.bars:
             while waiting or jobs:
-                while waiting and len(jobs) < room(folder, machine.at_once):
+                while waiting and len(jobs) < room(folder, machine.at_once, waiting[0][1]):
                     label, run = waiting.pop(0)
                     if run.is_kept(folder):
                         outcome.kept.append(run.name)
@@ -73,11 +76,11 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, everything: int = 204
     return outcome
 
 
-def room(folder: Path, at_once: int) -> int:
-    """How many runs may be at work at a time."""
+def room(folder: Path, at_once: int, run: PlannedRun) -> int:
+    """How many runs may be at work at a time, before `run` starts."""
     # The untrained base is measured by the first run and reused by the others: side by side, each would measure it. So
     # runs go one by one until some base is there. One that needs another base measures it itself: right, only slower.
-    return at_once if any(folder.glob("base-*/settings.json")) else 1
+    return at_once if any(folder.glob("base-*/settings.json")) or not run.measures_base else 1
 
 
 def conclude(job: Job, folder: Path, outcome: Outcome, progress: Progress) -> None:

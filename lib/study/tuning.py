@@ -14,8 +14,9 @@ from lib.files import UserError, append_lines, read_lines, shorten_path, write_l
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.run.life_cycle import PROOF_PROMPTS, prepare, start_engine
-from lib.settings import INCIDENTAL, RunConfig, changed_settings
+from lib.settings import INCIDENTAL, RunConfig
 from lib.study.choice import CHOSEN, records_file
+from lib.study.plan import compare
 from lib.training.policy import load_policy
 from lib.training.steps import make_optimizer, train_steps
 
@@ -80,7 +81,7 @@ def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> N
     asked = _settings(config)
     for number, row in enumerate(rows, start=1):
         made = row.get("settings", {})
-        if changed := changed_settings(made, asked) or not made:
+        if changed := compare(made, asked) or not made:
             raise UserError(
                 f"{shorten_path(str(path))}, line {number}: made with other settings "
                 f"({'; '.join(changed) if made else 'it does not say which'}); ask for the same, choose another "

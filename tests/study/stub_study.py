@@ -1,11 +1,16 @@
 """A train notebook without a model, and a study of it: what the tests of this room run in train.ipynb's place."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
+from lib.files import PROJECT_ROOT
 from lib.settings import PROFILES
 from lib.study import command as study
 from lib.study import plan
@@ -21,6 +26,7 @@ overwrite = False
 runs_dir = None
 run_name = None
 fail_at = None
+data_dir = None
 sleep = 0.0
 base_after = None
 meet = ""
@@ -38,7 +44,8 @@ config["learning_rate"] = learning_rate or 0.001
 config["profile"] = "mini" if profile == "auto" else profile
 (folder / "config.json").write_text(json.dumps({"parameters": config, "data": {"train_steps": 4}}))
 with open(folder / "visits.jsonl", "a") as visits:
-    visits.write(json.dumps({"pid": os.getpid(), "started": time.time()}) + "\\n")
+    here = {"cwd": os.getcwd()} | {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+    visits.write(json.dumps({"pid": os.getpid(), "started": time.time(), **here}) + "\\n")
 """
 # The untrained base is measured by the run that finds none; then the run waits for those that it is to `meet`.
 BASE = """
@@ -124,3 +131,42 @@ def finished_run(folder, **parameters):
     given = {"n": 128, "filtered": False, "seed": 0, "profile": "mini", "learning_rate": 0.001, "epochs": 3}
     (folder / "config.json").write_text(json.dumps({"parameters": {**given, **parameters}}))
     (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
+
+
+# --- A study as a process of its own ---------------------------------------------------------------------------------
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.append("tests/study")
+from lib.study import command as study
+from lib.study import plan
+from stub_study import settle_stub
+plan.TRAIN_NOTEBOOK = Path({stub!r})
+plan.settle = settle_stub
+plan.count_rows = lambda settings: 2048
+study.make_report = lambda folder, again: folder / "report.html"
+{more}
+sys.exit(study.main(sys.argv[1:]))
+"""
+
+
+def start_study(stub: Path, *words: str, more: str = "", **options) -> subprocess.Popen:
+    """The command in a process of its own; `more`: Python to run before it."""
+    code = DRIVER.format(stub=str(stub), more=more)
+    return subprocess.Popen([sys.executable, "-c", code, *words], cwd=PROJECT_ROOT, **options)
+
+
+def wait_for_run(folder: Path) -> list[int]:
+    """Process ids of the kernel and of its engine, once both run."""
+    for _ in range(300):
+        if (folder / "engine.pid").is_file() and (folder / "engine.pid").read_text():
+            time.sleep(0.7)  # longer than the study's own look at its processes
+            kernel = json.loads((folder / "visits.jsonl").read_text().splitlines()[0])["pid"]
+            return [kernel, int((folder / "engine.pid").read_text())]
+        time.sleep(0.1)
+    raise AssertionError("the stub's run did not start")
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -4,19 +4,14 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
-import psutil
 import pytest
-from stub_study import ended, made, put_base, started, stub_notebook, visits  # noqa: F401
+from stub_study import alive, ended, made, put_base, start_study, started, stub_notebook, visits, wait_for_run  # noqa: F401
 
-from lib.files import PROJECT_ROOT, UserError
+from lib.files import UserError
 from lib.study import execution as notebooks
 from lib.study import plan, runs
 
@@ -53,27 +48,11 @@ def test_a_dead_kernel_is_a_failure_of_that_run(tmp_path):
     assert not (tmp_path / "out.ipynb").exists()
 
 
-DRIVER = """
-import sys
-from pathlib import Path
-sys.path.append("tests/study")
-from lib.study import command as study
-from lib.study import plan
-from stub_study import settle_stub
-plan.TRAIN_NOTEBOOK = Path({stub!r})
-plan.settle = settle_stub
-plan.count_rows = lambda settings: 2048
-study.make_report = lambda folder, again: folder / "report.html"
-sys.exit(study.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_study_leaves_no_process_and_goes_on_where_it_stopped(stub, tmp_path, number):
     folder = tmp_path / "runs"
-    driver = textwrap.dedent(DRIVER).format(stub=str(stub))
     words = ["--runs-dir", str(folder), "--sizes", "128", "256"]
-    process = subprocess.Popen([sys.executable, "-c", driver, *words, "-p", "sleep", "60"], cwd=PROJECT_ROOT)
+    process = start_study(stub, *words, "-p", "sleep", "60")
     try:
         pids = wait_for_run(folder / "n128")
         with pytest.raises(UserError, match=f"process {process.pid} is at work"):
@@ -89,21 +68,6 @@ def test_a_stopped_study_leaves_no_process_and_goes_on_where_it_stopped(stub, tm
     assert outcome.finished == ["n128"]
     assert not [pid for pid in pids if alive(pid)]
     assert (folder / "n128.ipynb").is_file() and not list(folder.glob(".*partial*"))
-
-
-def wait_for_run(folder: Path) -> list[int]:
-    """Process ids of the kernel and of its engine, once both run."""
-    for _ in range(300):
-        if (folder / "engine.pid").is_file() and (folder / "engine.pid").read_text():
-            time.sleep(0.7)  # longer than the study's own look at its processes
-            kernel = json.loads((folder / "visits.jsonl").read_text().splitlines()[0])["pid"]
-            return [kernel, int((folder / "engine.pid").read_text())]
-        time.sleep(0.1)
-    raise AssertionError("the stub's run did not start")
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 # --- Side by side --------------------------------------------------------------------------------------------------
@@ -160,9 +124,8 @@ def test_a_run_that_fails_beside_another_leaves_it_alone_and_the_rest_goes_on(st
 def test_a_stopped_study_ends_every_run_at_work_and_goes_on_with_them(stub, tmp_path):
     folder = tmp_path / "runs"
     put_base(folder)
-    driver = textwrap.dedent(DRIVER).format(stub=str(stub))
     words = ["--runs-dir", str(folder), "--sizes", "128", "256", "--jobs", "2"]
-    process = subprocess.Popen([sys.executable, "-c", driver, *words, "-p", "sleep", "60"], cwd=PROJECT_ROOT)
+    process = start_study(stub, *words, "-p", "sleep", "60")
     try:
         pids = wait_for_run(folder / "n128") + wait_for_run(folder / "n256")
         process.send_signal(signal.SIGTERM)
