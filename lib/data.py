@@ -1,15 +1,21 @@
 """Training examples, validation problems and prompt templates, from JSONL files in the course's layout."""
 
 import json
+import math
 import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
-from lib.files import UserError, shorten_path
+from lib.files import UserError, absolute, parse_lines, read_text, shorten_path
 from lib.grading import grade_many
 
 PROMPTS = Path(__file__).parent / "prompts"
 PLACEHOLDER = "{question}"
+NEAR = 0.6  # share of word trigrams from which two problems with the same numbers count as near duplicates
 
 
 @dataclass(frozen=True)
@@ -19,19 +25,22 @@ class Example:
     id: str
     prompt: str
     response: str
-    answer: str | None
+    answer: str | list[str] | None
     problem: str
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem to be solved in an evaluation; `level` is 'Level 1' to 'Level 5'."""
+    """One problem to be solved in an evaluation; `level` is 'Level 1' to 'Level 5' in MATH.
+
+    Of a list of answers each one counts as right. Data without levels or subjects have None.
+    """
 
     id: str
     problem: str
-    answer: str
-    level: str
-    subject: str
+    answer: str | list[str]
+    level: str | None = None
+    subject: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,31 +61,45 @@ class Template:
         return None
 
 
-def read_jsonl(path: Path, required: tuple[str, ...], may_be_empty: tuple[str, ...] = ()) -> list[dict]:
-    """Rows of a JSONL file. Raises `UserError` with file and line for a malformed row or a missing or empty field."""
-    if not path.is_file():
-        raise UserError(f"{shorten_path(str(path))}: no such file")
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{shorten_path(str(path))}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: must be a JSON object with {', '.join(required)}")
-            for key in required:
-                if key not in row:
-                    raise UserError(f"{where}: missing key {key!r}")
-                if not isinstance(row[key], str) or not (row[key].strip() or key in may_be_empty):
-                    raise UserError(f"{where}: {key!r} must be a text that is not empty")
-            rows.append(row)
+def read_rows(path: Path, required: tuple[str, ...]) -> list[tuple[str, dict]]:
+    """(file and line, row) for the rows of a user's JSONL file. UserError where one is malformed or lacks a field."""
+    rows = list(parse_lines(read_text(path), path))
+    for where, row in rows:
+        for key in required:
+            if key not in row:
+                raise UserError(f"{where}: missing key {key!r}")
     if not rows:
-        raise UserError(f"{shorten_path(str(path))}: holds no rows")
+        raise UserError(f"{shorten_path(path)}: holds no rows")
     return rows
+
+
+def prose(row: dict, key: str, where: str) -> str:
+    """A field that must be a text: prompt, response, problem."""
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise UserError(f"{where}: {key!r} must be a text that is not empty")
+    return row[key]
+
+
+def label(value: object, key: str, where: str) -> str | None:
+    """A short field, read in its evident sense: a text, a number as it is written, None for null, NaN and blanks."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+        raise UserError(f"{where}: {key!r} must be a text or a number, not {json.dumps(value)[:40]}")
+    return str(int(value)) if value == int(value) else format(Decimal(repr(value)), "f")
+
+
+def gold(row: dict, keys: tuple[str, ...], where: str) -> str | list[str] | None:
+    """The gold answer in the first of `keys` that holds one; a list where several answers are accepted."""
+    for key in keys:
+        values = row.get(key)
+        answers = [label(value, key, where) for value in (values if isinstance(values, list) else [values])]
+        answers = [answer for answer in answers if answer is not None]
+        if answers:
+            return answers if len(answers) > 1 else answers[0]
+    return None
 
 
 def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
@@ -85,14 +108,16 @@ def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
     MATH's training file has a problem whose answer is empty: `may_lack_answers` leaves such problems out.
     """
     problems = []
-    for row in read_jsonl(path, ("problem", "answer", "level", "subject"), ("answer",) if may_lack_answers else ()):
-        if not row["answer"].strip():
-            continue
-        own = row.get("unique_id")
-        problem_id = f"{path.stem}/{len(problems)}" if own in (None, "") else str(own)
-        problems.append(Problem(problem_id, row["problem"], row["answer"], row["level"], row["subject"]))
+    for where, row in read_rows(path, ("problem", "answer")):
+        text, answer = prose(row, "problem", where), gold(row, ("answer",), where)
+        level, subject, own = (label(row.get(key), key, where) for key in ("level", "subject", "unique_id"))
+        if answer is None and not may_lack_answers:
+            raise UserError(f"{where}: 'answer' must be a text that is not empty")
+        if answer is not None:
+            level = f"Level {level}" if level and level.strip().isdecimal() else level
+            problems.append(Problem(own or f"{path.stem}/{len(problems)}", text, answer, level, subject))
     if len({p.id for p in problems}) < len(problems):
-        raise UserError(f"{shorten_path(str(path))}: 'unique_id' is not unique")
+        raise UserError(f"{shorten_path(path)}: 'unique_id' is not unique")
     return problems
 
 
@@ -103,22 +128,19 @@ def load_examples(data_dir: Path, template_path: str | None = None) -> tuple[lis
     through the problem's text, and stays None for a problem that is not there either.
     """
     path = data_dir / "sft.jsonl"
-    rows = read_jsonl(path, ("prompt", "response"))
-    template = detect_template([row["prompt"] for row in rows], path, template_path)
+    rows = read_rows(path, ("prompt", "response"))
+    texts = [(prose(row, "prompt", where), prose(row, "response", where)) for where, row in rows]
+    golds = [gold(row, ("ground_truth", "answer"), where) for where, row in rows]
+    template = detect_template([prompt for prompt, _ in texts], path, template_path)
     answers = {}
-    if any(_gold(row) is None for row in rows) and (data_dir / "train.jsonl").is_file():
+    if None in golds and (data_dir / "train.jsonl").is_file():
         answers = {p.problem.strip(): p.answer for p in load_problems(data_dir / "train.jsonl", may_lack_answers=True)}
     examples = []
-    for number, row in enumerate(rows, start=1):
-        problem = template.question_in(row["prompt"])
-        answer = _gold(row) or answers.get(problem.strip())
-        examples.append(Example(f"sft/{number}", row["prompt"], row["response"], answer, problem))
+    for number, ((prompt, response), answer) in enumerate(zip(texts, golds, strict=True), start=1):
+        problem = template.question_in(prompt)
+        answer = answers.get(problem.strip()) if answer is None else answer
+        examples.append(Example(f"sft/{number}", prompt, response, answer, problem))
     return examples, template
-
-
-def _gold(row: dict) -> str | None:
-    value = row.get("ground_truth", row.get("answer"))
-    return None if value is None or not str(value).strip() else str(value)
 
 
 def detect_template(prompts: list[str], path: Path, template_path: str | None = None) -> Template:
@@ -128,18 +150,22 @@ def detect_template(prompts: list[str], path: Path, template_path: str | None = 
     """
     paths = sorted(PROMPTS.glob("*.prompt"))
     if template_path is not None:
-        paths = [Path(template_path).expanduser()]
+        paths = [absolute(template_path)]
         if not paths[0].is_file():
             raise UserError(f"prompt_template={template_path!r}: no such file")
-    texts = {p.stem: p.read_text(encoding="utf-8") for p in paths}
-    # A file ends in a newline, and a prompt may end in one too.
-    templates = [Template(name, text) for name, whole in texts.items() for text in (whole.rstrip("\n"), whole)]
+    templates = []
+    for each in paths:
+        whole = read_text(each)
+        unix = whole.replace("\r\n", "\n")
+        # A file ends in a newline and may have Windows' line ends; the prompts may be made with or without these.
+        spellings = dict.fromkeys((unix.rstrip("\n"), unix, whole.rstrip("\r\n"), whole))
+        templates += [Template(each.stem, text) for text in spellings]
     for template in templates:
         if template.text.count(PLACEHOLDER) != 1:
             raise UserError(f"prompt_template {template.name}: must hold {PLACEHOLDER} exactly once")
     fits = [t for t in templates if t.question_in(prompts[0]) is not None]
     if not fits:
-        names = ", ".join(texts)
+        names = ", ".join(each.stem for each in paths)
         raise UserError(
             f"{shorten_path(str(path))}, line 1: the prompt was made with none of the templates ({names}); "
             f"set prompt_template to a file that holds it with {PLACEHOLDER} for the problem"
@@ -215,18 +241,76 @@ def select_examples(examples: list[Example], n: int | str, filtered: bool, seed:
 def load_evaluation_problems(data_dir: Path, split: str, examples: list[Example]) -> list[Problem]:
     """Problems to evaluate on: `validation.jsonl`, or for 'tuning' those of `train.jsonl` that no trace is about.
 
-    Tuning problems that also stand in `validation.jsonl` are left out, so that nothing is tuned on them.
+    Tuning problems that `validation.jsonl` has too, or nearly so, are left out: nothing is tuned on what is reported.
     """
     validation = load_problems(data_dir / "validation.jsonl")
     if split == "validation":
         return validation
-    seen = {e.problem.strip() for e in examples} | {p.problem.strip() for p in validation}
-    problems = [
-        p for p in load_problems(data_dir / "train.jsonl", may_lack_answers=True) if p.problem.strip() not in seen
-    ]
+    traced = {e.problem.strip() for e in examples}
+    problems = load_problems(data_dir / "train.jsonl", may_lack_answers=True)
+    problems = [p for p in problems if p.problem.strip() not in traced]
     if not problems:
         raise UserError("eval_split='tuning': every problem of train.jsonl has a trace in sft.jsonl")
-    return problems
+    return find_contamination(validation, problems).leave_out(problems)
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """Ids of problems that others contain: `exact`, the same but for layout and punctuation; `near`, in other words."""
+
+    exact: list[str]
+    near: list[str]
+
+    def leave_out(self, problems: list[Problem]) -> list[Problem]:
+        """The problems that are not among these. UserError where none is left."""
+        found = {*self.exact, *self.near}
+        if left := [p for p in problems if p.id not in found]:
+            return left
+        raise UserError(f"all {len(problems)} problems have near duplicates, so none is left to evaluate on")
+
+    def to_dict(self, excluded: bool) -> dict:
+        """As `config.json` has it; `excluded`: whether the run left these problems out."""
+        counts = {"exact": len(self.exact), "near": len(self.near)}
+        return {**counts, "ids": [*self.exact, *self.near], "excluded": excluded}
+
+
+def find_contamination(seen: Sequence[Example | Problem], problems: list[Problem]) -> Contamination:
+    """Which `problems` stand among those `seen` already, for instance in the training examples.
+
+    A near duplicate has the same numbers in the same order, and shares `NEAR` of the word trigrams (Jaccard index):
+    with other numbers it is another problem of the same kind.
+    """
+    texts = [_normalize(text) for text in {s.problem for s in seen}]
+    spellings = {spelling for spelling, _, _ in texts}
+    frequency = Counter(trigram for _, _, trigrams in texts for trigram in trigrams)
+
+    def prefix(trigrams: set) -> list:
+        """The rarest of them, of which sets with a Jaccard index of `NEAR` share at least one (prefix filtering)."""
+        return sorted(trigrams, key=lambda t: (frequency[t], t))[: int((1 - NEAR) * len(trigrams)) + 1]
+
+    places = defaultdict(list)
+    for _, numbers, trigrams in texts:
+        for trigram in prefix(trigrams):
+            places[numbers, trigram].append(trigrams)
+    found = Contamination([], [])
+    for problem in problems:
+        spelling, numbers, trigrams = _normalize(problem.problem)
+        candidates = (other for trigram in prefix(trigrams) for other in places.get((numbers, trigram), ()))
+        if spelling in spellings:
+            found.exact.append(problem.id)
+        elif any(len(trigrams & other) >= NEAR * len(trigrams | other) for other in candidates):
+            found.near.append(problem.id)
+    return found
+
+
+def _normalize(text: str) -> tuple[str, tuple[str, ...], set[tuple[str, ...]]]:
+    """A problem's text without layout and punctuation, its numbers, and its word trigrams."""
+    text = re.sub(r"(?<=\d)(?:,|\{,\}|\\!?,\\?!?)(?=\d{3}(?!\d))", "", text.lower())
+    text = re.sub(r"\\(?:left|right|displaystyle|text|mathrm|operatorname|quad|[ ,;:!\[\]()])", " ", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s$.,;:?!'\"{}()~]", text)
+    numbers = tuple(word for word in words if word[0].isdigit())
+    return "".join(words), numbers, {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
 def stratified_subset(problems: list[Problem], size: int | None, seed: int) -> list[Problem]:
@@ -238,7 +322,7 @@ def stratified_subset(problems: list[Problem], size: int | None, seed: int) -> l
     if size is None or size >= len(problems):
         return list(problems)
     generator = random.Random(seed)
-    ordered = sorted(problems, key=lambda p: (p.subject, p.level, generator.random()))
+    ordered = sorted(problems, key=lambda p: (p.subject or "", p.level or "", generator.random()))
     step = len(ordered) / size
     start = generator.random() * step
     return [ordered[min(int(start + i * step), len(ordered) - 1)] for i in range(size)]

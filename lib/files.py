@@ -1,18 +1,45 @@
-"""Errors, paths, JSON and JSONL: what every room reads and writes with."""
+"""Errors, paths, text, JSON and JSONL: what every room reads and writes with."""
 
 import gzip
 import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+# How files begin that are no plain text.
+SIGNATURES = {
+    b"\x1f\x8b": "compressed (gzip)",
+    b"PK\x03\x04": "a zip archive",
+    b"BZh": "compressed (bzip2)",
+    b"\xfd7zXZ": "compressed (xz)",
+    b"\x28\xb5\x2f\xfd": "compressed (zstandard)",
+    b"PAR1": "a Parquet file",
+    b"\xff\xfe": "UTF-16 or UTF-32 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"version https://git-lfs": "a Git LFS pointer (`git lfs pull` fetches the file itself)",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+}
 
 
 class UserError(ValueError):
     """A mistake that the user can mend; the message names the parameter, or the file and line."""
 
 
-def shorten_path(text: str) -> str:
+def first_line(error: object) -> str:
+    """The first line of an error that has text, or the error's kind; of a text likewise."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# --- Paths ---------------------------------------------------------------------------------------------------------
+
+
+def shorten_path(path: str | Path) -> str:
     """A path in or beside the project relative to its root, one in the home folder with `~`; other text unchanged."""
+    text = str(path)
     for root, prefix in ((PROJECT_ROOT, ""), (PROJECT_ROOT.parent, "../"), (Path.home(), "~/")):
         if text.startswith(f"{root}/") and root != Path("/"):
             return prefix + text[len(str(root)) + 1 :]
@@ -20,29 +47,78 @@ def shorten_path(text: str) -> str:
 
 
 def absolute(path: str | Path) -> Path:
-    """Relative paths count from the current folder where they exist there, otherwise from the project's root."""
-    path = Path(path).expanduser()
+    """The one rule for the paths that a user gives: `~` is the home folder, an absolute path stays, and a relative one
+    counts from the current folder where it exists there, otherwise from the project's root."""
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise UserError(f"{path}: there is no such user's home folder") from error
     return path.resolve() if path.is_absolute() or path.exists() else (PROJECT_ROOT / path).resolve()
+
+
+# --- Text ----------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark. UserError with file and line for another."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
+        raise UserError(f"{shorten_path(path)}: {reason}") from error
+    return decode(content, path)
+
+
+def refuse_signature(content: bytes, path: Path) -> None:
+    """UserError where a file begins as one that was stored, packed or fetched instead of the file that is meant."""
+    for signature, kind in SIGNATURES.items():
+        if content.startswith(signature):
+            raise UserError(f"{shorten_path(path)}: is {kind}, not the file that is needed")
+
+
+def decode(content: bytes, path: Path) -> str:
+    """UTF-8 text; `path` is what a UserError names."""
+    refuse_signature(content, path)
+    if (position := content.find(b"\0")) < 0:
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            position = error.start
+    line = content.count(b"\n", 0, position) + 1
+    kind = "it is binary, or UTF-16 text" if content[position] == 0 else "it may be Latin-1 or Windows-1252"
+    raise UserError(f"{shorten_path(path)}, line {line}: byte 0x{content[position]:02x} is not UTF-8 text ({kind})")
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, empty where there is no file. UserError with file and line for anything else."""
+    return parse_json(read_text(path), shorten_path(path)) if path.is_file() else {}
+
+
+def parse_json(text: str, where: str) -> dict:
+    """The JSON object of a text; UserError says `where` it should have been one."""
+    try:
+        value = json.loads(text.lstrip("\ufeff"))
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if "\n" in text.strip() else ""
+        raise UserError(f"{where}{line}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UserError(f"{where}: {half} is half of a surrogate pair, which is no character") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested by thousands
+        raise UserError(f"{where}: not valid JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must be a JSON object")
+    return value
 
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file whole: to a temporary name first, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, empty where there is no file; UserError where it holds anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise UserError(f"{shorten_path(str(path))}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{shorten_path(str(path))}: must be a JSON object")
-    return value
+    _write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -50,33 +126,55 @@ def is_finished(run_dir: Path) -> bool:
     return read_json(run_dir / "summary.json").get("status") == "finished"
 
 
-def append_lines(path: Path, rows: list[dict]) -> None:
-    """Append rows in one write, so that a killed run leaves at most one unfinished line."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """Write a file of rows whole: to a temporary name first, then renamed; compressed where its name ends in .gz."""
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+def _write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+    temporary.write_bytes(content)
     temporary.replace(path)
+
+
+# --- JSONL ---------------------------------------------------------------------------------------------------------
+
+
+def parse_lines(text: str, path: Path) -> Iterator[tuple[str, dict]]:
+    """(file and line, object) for each line that is not empty.
+
+    Rows end at a newline only: a model's text may hold other characters that Python takes for the end of a line.
+    """
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
+        if line.strip():
+            where = f"{shorten_path(path)}, line {number}"
+            yield where, parse_json(line, where)
 
 
 def read_lines(path: Path) -> list[dict]:
     """JSONL rows that a run wrote; none where there is no file.
 
-    A last line without its newline is one that a killed run was writing, and is left out. Rows end at a newline only:
-    a model's text may hold other characters that Python takes for the end of a line.
+    A last line without its newline is one that a killed run was writing, and is left out.
     """
     if not path.is_file():
         return []
-    rows, content = [], path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{shorten_path(str(path))}:{number}: not JSON ({error.msg})") from error
-    return rows
+    content = path.read_bytes()
+    try:
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{shorten_path(path)}: is damaged: {first_line(error)}") from error
+    return [row for _, row in parse_lines(decode(content[: content.rfind(b"\n") + 1], path), path)]
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write a file of rows whole; compressed where its name ends in .gz."""
+    content = _lines(rows)
+    _write_whole(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def append_lines(path: Path, rows: list[dict]) -> None:
+    """Append rows in one write, so that a killed run leaves at most one unfinished line; such a line is cut off."""
+    with open(path, "a+b") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(_lines(rows))
+
+
+def _lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -3,7 +3,6 @@
 import ast
 import difflib
 import importlib.util
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lib.environment import count_gpus
 from lib.files import PROJECT_ROOT, UserError, absolute, shorten_path
+from lib.model_files import check_model
 
 DATA_FILES = ("sft.jsonl", "train.jsonl", "validation.jsonl")
 MATH_DATA_DIR = Path("/data/a5-alignment/MATH")  # where the course's machines keep it
@@ -232,7 +232,9 @@ def resolve(namespace: Mapping) -> RunConfig:
     except ValidationError as error:
         raise UserError(_in_words(error)) from None
     _check_data_dir(config)
-    _check_model(config)
+    if config.revision is not None and Path(config.model).is_absolute():
+        raise UserError(f"revision={config.revision!r}: only a hub model has revisions, and model is a folder")
+    check_model(config.model, config.revision, config.trust_remote_code)
     if importlib.util.find_spec("vllm") is None:
         raise UserError("eval_device: vLLM is not installed in this environment; `make run` sets it up (see README)")
     check_run_dir(config)
@@ -335,33 +337,6 @@ def _check_data_dir(config: RunConfig) -> None:
     for name in ("sft.jsonl", "validation.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"data_dir: {shorten_path(str(folder / name))} is missing")
-
-
-def _check_model(config: RunConfig) -> None:
-    if is_folder_name(config.model):
-        folder = Path(config.model)
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"model={shorten_path(config.model)!r}: no config.json in this folder, so it is no model folder"
-            )
-        if not any(folder.glob("*.safetensors")):
-            other = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-            reason = "only pickled weights, which are not loaded because they can run code" if other else "no weights"
-            raise UserError(f"model={shorten_path(config.model)!r}: {reason} in this folder (*.safetensors needed)")
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-            raise UserError(f"model={shorten_path(config.model)!r}: no tokenizer in this folder")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tqdm wants ipywidgets in a notebook; no bar of its is ever shown
-        from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        hint = ""
-        if "trust_remote_code" in str(error):
-            hint = " (its code would run here: set trust_remote_code=True if you trust it)"
-        raise UserError(f"model={shorten_path(config.model)!r}: can't be loaded: {reason}{hint}") from error
 
 
 def check_run_dir(config: RunConfig) -> None:

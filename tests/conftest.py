@@ -9,8 +9,6 @@ from hypothesis import settings
 
 MINI = Path(__file__).parents[1] / "lib" / "mini"
 
-# An engine in this process, on the CPU, even where the machine has a GPU; the `gpu` tests start processes of their own.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 # The same cases in every run of the tests, so that a red test is the change's doing;

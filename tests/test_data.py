@@ -1,6 +1,7 @@
 """Examples, problems and templates: what is read, what is refused, and what 'n examples' means."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import pytest
 from conftest import mini_rows, write_rows
 
 from lib.data import (
+    Contamination,
+    Problem,
     distinct,
+    find_contamination,
     load_evaluation_problems,
     load_examples,
     load_problems,
@@ -171,8 +175,25 @@ def test_a_problem_without_an_answer_is_no_tuning_problem_and_no_validation_prob
 
 @needs_math
 def test_the_tuning_problems_of_math():
+    """7,500, less those of a trace, one without an answer, one that validation has too, and its near duplicates."""
     examples, _ = load_examples(MATH)
-    assert len(load_evaluation_problems(MATH, "tuning", examples)) == 7369
+    validation = load_problems(MATH / "validation.jsonl")
+    tuning = load_evaluation_problems(MATH, "tuning", examples)
+    assert len(tuning) == 7295 and find_contamination(validation, tuning) == Contamination([], [])
+
+
+@needs_math
+def test_the_traces_of_math_are_clean_and_its_two_files_share_problems():
+    """As a second route: the 4 exact ones are pairs that differ in white space, dollar signs and braces only."""
+    examples, _ = load_examples(MATH)
+    validation = load_problems(MATH / "validation.jsonl")
+    assert find_contamination(examples, validation) == Contamination([], [])
+    train = load_problems(MATH / "train.jsonl", may_lack_answers=True)
+    found = find_contamination(train, validation)
+    layout = re.compile(r"[\s$\\,{}?]|\.(?!\d)")
+    bare = {layout.sub("", p.problem) for p in train}
+    assert found.exact == [p.id for p in validation if layout.sub("", p.problem) in bare]
+    assert (len(found.exact), len(found.near)) == (4, 68)
 
 
 @needs_math
@@ -184,3 +205,285 @@ def test_the_sizes_of_math():
     rows = [json.loads(line) for line in (MATH / "sft.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sizes["distinct"] == len({(r["prompt"], r["response"]) for r in rows})
     assert len({e.problem for e in examples}) == 128
+
+
+# --- values of another kind than a text: read in their evident sense, or refused with file, line and field
+
+GOLD = [  # as JSON has it, and as it is read
+    ("16", "16"),
+    ("16.0", "16"),  # pandas writes a column of integers with a gap so
+    ("-3", "-3"),
+    ("0.5", "0.5"),
+    ("1e-7", "0.0000001"),
+    ("1e20", "100000000000000000000"),
+    ('"16"', "16"),
+    ('"nan"', "nan"),
+    ('["16"]', "16"),
+    ("[16]", "16"),
+    ('["1/2", 0.5]', ["1/2", "0.5"]),
+    ('["x", null, NaN, " "]', "x"),
+    ("null", None),
+    ("NaN", None),
+    ('""', None),
+    ('" \\n"', None),
+    ("[]", None),
+    ("[null]", None),
+]
+NO_ANSWER = ["true", "false", "Infinity", "-Infinity", '{"value": 16}', "{}", '[["16"]]', "[true]", '["1", {}]', "[[]]"]
+
+
+def write_value(path, rows, key, value):
+    """The rows, with `value` (JSON text) as the field of the second."""
+    rows = [dict(row) for row in rows]
+    rows[1][key] = "VALUE"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows).replace('"VALUE"', value))
+
+
+@pytest.mark.parametrize(("value", "read"), GOLD)
+@pytest.mark.parametrize("key", ["ground_truth", "answer"])
+def test_gold_answers_of_traces_are_read_in_their_evident_sense(data_dir, key, value, read):
+    rows = [
+        {"prompt": r["prompt"], "response": r["response"], key: r["ground_truth"]} for r in mini_rows("sft.jsonl", 3)
+    ]
+    (data_dir / "train.jsonl").unlink()
+    write_value(data_dir / "sft.jsonl", rows, key, value)
+    examples, _ = load_examples(data_dir)
+    assert [e.answer for e in examples] == [rows[0][key], read, rows[2][key]]
+
+
+@pytest.mark.parametrize(("value", "read"), GOLD)
+def test_answers_of_problems_are_read_in_the_same_sense(data_dir, value, read):
+    rows = mini_rows("validation.jsonl", 3)
+    for name in ("validation.jsonl", "train.jsonl"):
+        write_value(data_dir / name, rows, "answer", value)
+    if read is None:
+        with pytest.raises(UserError, match=r"validation\.jsonl, line 2: 'answer' must be a text that is not empty"):
+            load_problems(data_dir / "validation.jsonl")
+        assert len(load_problems(data_dir / "train.jsonl", may_lack_answers=True)) == 2
+    else:
+        assert load_problems(data_dir / "validation.jsonl")[1].answer == read
+
+
+@pytest.mark.parametrize("value", NO_ANSWER)
+@pytest.mark.parametrize(
+    ("name", "key"), [("sft.jsonl", "ground_truth"), ("sft.jsonl", "answer"), ("validation.jsonl", "answer")]
+)
+def test_what_is_no_answer_is_refused(data_dir, name, key, value):
+    rows = [{k: v for k, v in row.items() if k != "ground_truth"} for row in mini_rows(name, 3)]
+    write_value(data_dir / name, rows, key, value)
+    with pytest.raises(UserError, match=rf"{name}, line 2: '{key}' must be a text or a number, not "):
+        load_examples(data_dir) if name == "sft.jsonl" else load_problems(data_dir / name)
+
+
+@pytest.mark.parametrize("value", ["5", "0.5", "null", "NaN", "Infinity", "true", '["p"]', "[]", "{}", '""', '" "'])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("sft.jsonl", "prompt"), ("sft.jsonl", "response"), ("train.jsonl", "problem"), ("validation.jsonl", "problem")],
+)
+def test_prose_is_a_text(data_dir, name, key, value):
+    write_value(data_dir / name, mini_rows(name, 3), key, value)
+    with pytest.raises(UserError, match=rf"{name}, line 2: '{key}' must be a text that is not empty"):
+        load_examples(data_dir) if name == "sft.jsonl" else load_problems(data_dir / name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "read"),
+    [
+        ("level", "3", "Level 3"),
+        ("level", "3.0", "Level 3"),
+        ("level", '"3"', "Level 3"),
+        ("level", '"Level 3"', "Level 3"),
+        ("level", '"Level ?"', "Level ?"),
+        ("level", "null", None),
+        ("level", "NaN", None),
+        ("level", '""', None),
+        ("subject", '"Algebra"', "Algebra"),
+        ("subject", "2", "2"),
+        ("subject", "null", None),
+        ("subject", '" "', None),
+        ("unique_id", "7", "7"),
+        ("unique_id", "7.0", "7"),
+        ("unique_id", '"a/b"', "a/b"),
+        ("unique_id", "null", "validation/1"),
+        ("unique_id", "NaN", "validation/1"),
+    ],
+)
+def test_labels_are_read_in_their_evident_sense(data_dir, key, value, read):
+    write_value(data_dir / "validation.jsonl", mini_rows("validation.jsonl", 3), key, value)
+    problem = load_problems(data_dir / "validation.jsonl")[1]
+    assert getattr(problem, "id" if key == "unique_id" else key) == read
+
+
+@pytest.mark.parametrize("value", ["true", "Infinity", '["a"]', "[]", "{}", '{"a": 1}'])
+@pytest.mark.parametrize("key", ["level", "subject", "unique_id"])
+def test_what_is_no_label_is_refused(data_dir, key, value):
+    write_value(data_dir / "validation.jsonl", mini_rows("validation.jsonl", 3), key, value)
+    with pytest.raises(UserError, match=rf"validation\.jsonl, line 2: '{key}' must be a text or a number, not "):
+        load_problems(data_dir / "validation.jsonl")
+
+
+def test_one_of_several_gold_answers_is_enough(data_dir):
+    rows = mini_rows("sft.jsonl", 3)
+    write_rows(data_dir / "sft.jsonl", [r | {"ground_truth": ["no such answer", r["ground_truth"]]} for r in rows])
+    examples, _ = load_examples(data_dir)
+    write_rows(data_dir / "sft.jsonl", rows)
+    plain, _ = load_examples(data_dir)
+    sizes = [select_examples(e, "all", False, 0).sizes for e in (examples, plain)]
+    assert sizes[0] == sizes[1] and sizes[0]["correct"] > 0
+
+
+def test_data_without_levels_subjects_and_ids(data_dir):
+    rows = [{k: r[k] for k in ("problem", "answer")} for r in mini_rows("validation.jsonl", 1000)]
+    write_rows(data_dir / "validation.jsonl", rows)
+    problems = load_problems(data_dir / "validation.jsonl")
+    assert problems[7].id == "validation/7" and {(p.level, p.subject) for p in problems} == {(None, None)}
+    subset = stratified_subset(problems, 100, seed=1)
+    assert len({p.id for p in subset}) == 100 and subset == stratified_subset(problems, 100, seed=1)
+    assert subset != stratified_subset(problems, 100, seed=2) and subset != problems[:100]
+    with_levels = load_problems(write_rows(data_dir / "other.jsonl", mini_rows("validation.jsonl", 50)))
+    assert len(stratified_subset([*problems[50:100], *with_levels], 20, seed=1)) == 20
+
+
+# --- files as other programs write them
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: b"\xef\xbb\xbf" + content,
+        lambda content: content.replace(b"\n", b"\r\n"),
+        lambda content: content.removesuffix(b"\n"),
+        lambda content: b"\n" + content.replace(b"\n", b"\n\n"),
+    ],
+)
+def test_files_of_other_editors_are_read(data_dir, change):
+    expected = load_examples(data_dir), load_problems(data_dir / "validation.jsonl")
+    for path in data_dir.glob("*.jsonl"):
+        path.write_bytes(change(path.read_bytes()))
+    assert (load_examples(data_dir), load_problems(data_dir / "validation.jsonl")) == expected
+
+
+@pytest.mark.parametrize("name", ["sft.jsonl", "validation.jsonl", "train.jsonl"])
+def test_a_file_that_is_no_text_is_named(data_dir, name):
+    rows = mini_rows(name, 3)
+    rows[2] |= {"subject": "Géométrie", "ground_truth": "é"}
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    load = load_examples if name == "sft.jsonl" else lambda folder: load_problems(folder / name)
+    for content, message in (
+        (text.encode("latin-1"), "line 3: byte 0xe9 is not UTF-8"),
+        (text.encode("utf-16"), "is UTF-16"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (text.replace("é", "\\udce9").encode(), r"line 3: \\udce9 is half of a surrogate pair"),
+    ):
+        (data_dir / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{re.escape(name)}.*{message}"):
+            load(data_dir)
+
+
+# --- templates
+
+FEW_SHOT = (
+    "User: What is $1 + 1$?\nAssistant: <think> 1 + 1 = 2. </think> <answer> 2 </answer>\n\n"
+    "User: Simplify $\\frac{2}{4}$ {exactly}.\nAssistant: <think> Halve. </think> <answer> \\frac{1}{2} </answer>\n\n"
+    "User: {question}\nAssistant: <think>"
+)
+
+
+@pytest.mark.parametrize("ends", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_few_shot_template(data_dir, tmp_path, ends, mark):
+    """Its worked examples look like the question, and one problem quotes the template's own words."""
+    problems = ["What is $2 + 2$?", "User: 3\nAssistant: <think>", "Simplify {x} and {question}."]
+    rows = [{"prompt": FEW_SHOT.replace("{question}", p), "response": " 4 </think>", "answer": "4"} for p in problems]
+    write_rows(data_dir / "sft.jsonl", rows)
+    text = FEW_SHOT.replace("\n", ends or "\n") + ends
+    (tmp_path / "few-shot.prompt").write_bytes((mark + text).encode())
+    examples, template = load_examples(data_dir, str(tmp_path / "few-shot.prompt"))
+    assert [e.problem for e in examples] == problems
+    assert [template.fill(p) for p in problems] == [row["prompt"] for row in rows]
+
+
+def test_a_template_asks_once(data_dir, tmp_path):
+    for text in ("", "no place for it", "{question} and {question}", "{ question }"):
+        (tmp_path / "own.prompt").write_text(text)
+        with pytest.raises(UserError, match=r"prompt_template own: must hold \{question\} exactly once"):
+            load_examples(data_dir, str(tmp_path / "own.prompt"))
+
+
+# --- contamination
+
+
+def problem(text, name="p"):
+    return Problem(name, text, "1")
+
+
+SEEN = "Ben has 12 red cards and 1,250 blue cards. He gives $\\frac{1}{3}$ of the red cards to Anna. How many are left?"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (SEEN, "exact"),
+        (SEEN.upper(), "exact"),
+        (f"  {SEEN}\n", "exact"),
+        (SEEN.replace("1,250", "1250").replace("\\frac", "\\dfrac").replace(".", " ."), "exact"),
+        (SEEN.replace("$\\frac{1}{3}$", "\\( \\frac{1}{3} \\)").replace("1,250", "1{,}250"), "exact"),
+        (SEEN.replace("Ben", "Clara").replace("He", "She"), "near"),
+        (SEEN.replace("blue", "green"), "near"),
+        ("Read carefully. " + SEEN, "near"),
+        (SEEN.replace("How many are left?", "How many does he keep?"), "near"),
+        (SEEN.replace("12", "13"), None),
+        (SEEN.replace("{3}", "{4}"), None),
+        ("What is 12 + 1250 + 1 + 3?", None),
+        ("How many are left?", None),
+        ("", None),
+    ],
+)
+def test_what_counts_as_a_duplicate(text, kind):
+    found = find_contamination(
+        [problem("Another one."), problem(SEEN)], [problem(text, "it"), problem("Else 5?", "no")]
+    )
+    assert found == Contamination(["it"] * (kind == "exact"), ["it"] * (kind == "near"))
+    assert find_contamination([problem(text)], [problem(SEEN, "it")]) == found  # whichever was seen
+
+
+def test_contaminated_problems_are_counted_named_and_left_out(data_dir):
+    examples, _ = load_examples(data_dir)
+    validation = load_problems(data_dir / "validation.jsonl")
+    assert find_contamination(examples, validation).to_dict(True) == {
+        "exact": 0,
+        "near": 0,
+        "ids": [],
+        "excluded": True,
+    }
+    texts = [examples[3].problem + " ", "Please do this: " + examples[5].problem]
+    planted = [problem(text, f"planted/{i}") for i, text in enumerate(texts)]
+    found = find_contamination(examples, [*validation, *planted])
+    asked = {"exact": 1, "near": 1, "ids": ["planted/0", "planted/1"], "excluded": False}
+    assert found.to_dict(False) == asked and found.leave_out([*planted, *validation]) == validation
+    with pytest.raises(UserError, match="all 2 problems have near duplicates"):
+        found.leave_out(planted)
+
+
+def test_nothing_is_tuned_on_a_near_duplicate_of_validation(data_dir):
+    examples, _ = load_examples(data_dir)
+    validation = mini_rows("validation.jsonl", 24)
+    near = [
+        row | {"problem": "Solve this: " + row["problem"], "unique_id": f"near/{i}"} for i, row in enumerate(validation)
+    ]
+    whole = load_evaluation_problems(data_dir, "tuning", examples)
+    write_rows(data_dir / "train.jsonl", mini_rows("train.jsonl", 3000) + near[:5])
+    assert load_evaluation_problems(data_dir, "tuning", examples) == whole
+
+
+def test_thousands_of_problems_take_seconds():
+    import random
+    import time
+
+    rng = random.Random(0)
+    words = [a + b for a in "abcdefghij" for b in "klmnopqrst"]  # no numbers, which would tell them apart at once
+    texts = ["Express your answer as a common fraction. " + " ".join(rng.choices(words, k=40)) for _ in range(7000)]
+    seen, asked = ([problem(t, str(i)) for i, t in enumerate(part)] for part in (texts[:2000], texts[2000:]))
+    started = time.perf_counter()
+    assert find_contamination(seen, asked) == Contamination([], [])
+    assert time.perf_counter() - started < 10

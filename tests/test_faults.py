@@ -279,45 +279,48 @@ def test_papermill_stopped(folder, report, number):
 
 SLOW_GENERATION = """
 import time
-generate = run.engine.llm.generate
+llm = run.engine.replicas[0].server.llm
+enqueue = llm.enqueue
 def slow(*arguments, **settings):
     time.sleep(30)
-    return generate(*arguments, **settings)
-run.engine.llm.generate = slow
+    return enqueue(*arguments, **settings)
+llm.enqueue = slow
 """
 
 DEAD_ENGINE = """
 from vllm.v1.engine.exceptions import EngineDeadError
-step, count = run.engine.llm.llm_engine.step, 0
+engine = run.engine.replicas[0].server.llm.llm_engine
+step, count = engine.step, 0
 def step_until_dead():
     global count
     count += 1
     if count == 150:
         raise EngineDeadError()
     return step()
-run.engine.llm.llm_engine.step = step_until_dead
+engine.step = step_until_dead
 """
 
 
 def test_engine_dies_during_generation(folder, report):
-    """What vLLM raises when its process is gone; on the CPU the engine has no process of its own to be killed."""
+    """An error of vLLM; on the CPU the engine has no process of its own to be killed (test_processes.py has those)."""
     run_dir = folder / "dead-engine"
     run = start(run_dir, DEAD_ENGINE)
     assert run.wait() != 0
-    assert "EngineError: the engine died" in run.said() and left_behind(run_dir) == []
+    assert "EngineError: EngineDeadError" in run.said() and left_behind(run_dir) == []
     report("engine dies in generation", run.said(), "nothing", go_on(run_dir, folder))
 
 
 HUNG_ENGINE = """
 import threading
-step, count = run.engine.llm.llm_engine.step, 0
+engine = run.engine.replicas[0].server.llm.llm_engine
+step, count = engine.step, 0
 def step_until_hung():
     global count
     count += 1
     if count == 150:
         threading.Event().wait()  # for ever
     return step()
-run.engine.llm.llm_engine.step = step_until_hung
+engine.step = step_until_hung
 """
 
 
@@ -333,7 +336,7 @@ KILL_GRADERS = """
 import threading, time
 import psutil
 from lib.evaluation import evaluate
-from lib.grading import grade_many as grade
+from lib.grading import grade_in_detail as grade
 
 def hunt(stop):
     while not stop.is_set():
@@ -349,10 +352,10 @@ def grade_while_hunted(responses, golds):
     thread.start()
     probe = grade(["so. </think> <answer>1+x^2</answer>"] * 3, ["x^2+1", "x^2+2", "1+x^2"])
     stop.set(); thread.join()
-    assert [p["reward"] for p in probe] == [1, 0, 1], probe
+    assert [p.correct for p in probe] == [True, False, True], probe
     print("workers killed, verdicts right")
     return grade(responses, golds)
-evaluate.grade_many = grade_while_hunted
+evaluate.grade_in_detail = grade_while_hunted
 """
 
 
@@ -445,15 +448,16 @@ def test_second_process_on_a_run(folder, report):
 
 
 FAILED_PART = """
-from lib.evaluation import engine as engines
-generate = run.engine.llm.generate
-def generate_with_failures(*arguments, **settings):
-    outputs = generate(*arguments, **settings)
-    if len(run.tracker.metrics) == {step} and arguments[1].logprobs is None:
-        for output in outputs[:3]:
-            output.outputs[0].finish_reason = "abort"
+engine = run.engine.replicas[0].server.llm.llm_engine
+step, failed = engine.step, 0
+def step_with_failures():
+    global failed
+    outputs = step()
+    for response in (output.outputs[0] for output in outputs if output.finished):
+        if len(run.tracker.metrics) == {step} and response.logprobs is None and failed < 3:
+            response.finish_reason, failed = "abort", failed + 1
     return outputs
-run.engine.llm.generate = generate_with_failures
+engine.step = step_with_failures
 """
 
 

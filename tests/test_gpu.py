@@ -18,6 +18,8 @@ from conftest import mini_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.data import Example, load_examples
+from lib.evaluation.engine import Sampling, generate, init_vllm, rest, shutdown
+from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.settings import resolve
 from lib.training import checkpoint
 from lib.training.attention import _attend_at_once, _attend_in_turn, make_packing
@@ -37,9 +39,7 @@ PLACES = PLACES[: torch.cuda.device_count()]  # what this machine has
 
 
 def environment() -> dict:
-    """The tests' own environment keeps engines in the process, which is for the CPU only."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_ENABLE_V1")}
-    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 def memory_used() -> list[int]:
@@ -48,7 +48,7 @@ def memory_used() -> list[int]:
     return [int(line) for line in subprocess.run(query, capture_output=True, text=True).stdout.split()]
 
 
-def start(train_device: str, eval_device: str, end: str = "normal", share: float = 0.3) -> subprocess.Popen:
+def start(train_device: str, eval_device: str, end: str = "normal", share: float = 0.3, engines: int = 0):
     command = [
         sys.executable,
         str(ROOT / "tests/evaluation/gpu_engine.py"),
@@ -57,6 +57,7 @@ def start(train_device: str, eval_device: str, end: str = "normal", share: float
         eval_device,
         end,
         str(share),
+        str(engines),
     ]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(command, env=environment(), **pipes, text=True)
@@ -83,7 +84,12 @@ def test_weights_arrive_and_nothing_is_left():
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, f"{name}: {errors[-4000:]}"
         first, last = (json.loads(line) for line in output.splitlines())
+        first_draw, again, other = last.pop("sampled")
         print(f"\n{name}: {last}")
+        same = sum(a == b for a, b in zip(first_draw, again, strict=True))
+        assert same > 0.7 * len(again)  # a sample's draws hang on its seed, up to the kernels' rounding
+        assert sum(a == b for a, b in zip(first_draw, other, strict=True)) < 0.3 * len(other)
+        assert len(first_draw) == 8 * 4
         assert len(last["proofs"]) == 4 and all(p["mean_abs_difference"] <= p["tolerance"] for p in last["proofs"])
         assert last["unsent_weights_refused"] and last["stale_cache_refused"]
         assert not [p for p in last["children_left"] if "resource_tracker" not in p]
@@ -96,7 +102,9 @@ def test_nothing_is_left_after_a_bad_end():
     before = memory_used()
     ends = {"exception": "exception", "interrupt": "hang", "kill": "hang", "engine-killed": "engine-killed"}
     places = [place.values for place in PLACES] * len(ends)
-    processes = {name: start(*place, ends[name], share=0.1) for name, place in zip(ends, places, strict=False)}
+    processes = {
+        name: start(*place, ends[name], share=0.1, engines=1) for name, place in zip(ends, places, strict=False)
+    }
     engine_processes = []
     for name, process in processes.items():
         line = process.stdout.readline()
@@ -140,6 +148,41 @@ def test_the_notebook_runs_end_to_end(tmp_path):
         assert all(proof["mean_abs_difference"] <= proof["tolerance"] for proof in measured)
         print(f"\n{name}: {summary['seconds']}")
     assert_nothing_left([], before)
+
+
+def test_an_engine_that_rests_gives_its_memory_back(tmp_path):
+    """On one GPU the policy trains in it meanwhile; new weights wake the engine."""
+    policy, tokenizer = load_policy(MODEL, "cuda:0"), load_tokenizer(MODEL)
+    prompts = [tokenizer(f"Find the sum of {i} and {i + 1}.")["input_ids"] for i in range(8)]
+    settings = {"log_file": tmp_path / "engine.log", "max_model_len": 512, "gpu_memory_utilization": 0.3}
+    before = memory_used()
+    engine = init_vllm(MODEL, "cuda:0", "cuda:0", sleep=True, **settings)
+    try:
+        for _ in range(2):
+            load_policy_into_vllm_instance(policy, engine)
+            proof = prove_sync(policy, engine, prompts)
+            assert proof["mean_abs_difference"] <= proof["tolerance"]
+            awake = memory_used()[0]
+            rest(engine)
+            asleep = memory_used()[0]
+            print(f"\nMiB: {before[0]} before, {awake} awake, {asleep} asleep")
+            assert asleep - before[0] < 0.3 * (awake - before[0])
+    finally:
+        shutdown(engine)
+
+
+def test_three_engines_answer_as_one_does(tmp_path):
+    """Greedy answers are the same, up to rounding that hangs on what is computed side by side."""
+    tokenizer = load_tokenizer(MODEL)
+    prompts = [tokenizer(f"Find the sum of {i} and {i + 1}.")["input_ids"] for i in range(200)]
+    settings = {"log_file": tmp_path / "engine.log", "max_model_len": 512, "gpu_memory_utilization": 0.3}
+    answers = []
+    for count in (1, 3):
+        engine = init_vllm(MODEL, "cuda:0", "cpu", engines=count, **settings)
+        assert len(engine.replicas) == count
+        answers.append(generate(engine, prompts, Sampling(0.0, 1.0, 16)))
+        shutdown(engine)
+    assert sum(a[0].text == b[0].text for a, b in zip(*answers, strict=True)) > 0.9 * len(prompts)
 
 
 @pytest.mark.parametrize("prefix", [0, 90])

@@ -6,11 +6,12 @@ import re
 import shutil
 
 import pytest
+from pydantic import ValidationError
 
 from lib import settings as configs
 from lib.files import PROJECT_ROOT, UserError
 from lib.run.life_cycle import prepare
-from lib.settings import PROFILES, RunConfig, resolve
+from lib.settings import PARAMETERS, PROFILES, Optimization, RunConfig, resolve
 
 
 def test_the_parameters_cell_says_what_the_model_says():
@@ -86,11 +87,53 @@ def test_run_names(parameters, n, filtered, seed, name):
         ({"n_val": 10, "n_val_final": 5}, "n_val_final=5"),
         ({"data_dir": "/nowhere/at/all"}, "data_dir="),
         ({"model": "./no-such-folder"}, "model="),
+        # the whole sentence
+        ({"learning_rate": -1}, "learning_rate=-1: must be above 0"),
+        ({"batch_size": "8"}, "batch_size='8': must be an integer"),
+        ({"batch_size": 8.0}, "batch_size=8.0: must be an integer"),
+        ({"seed": True}, "seed=True: must be an integer"),
+        ({"epochs": True}, "epochs=True: must be a number"),
+        ({"epochs": "3"}, "epochs='3': must be a number"),
+        ({"temperature": float("inf")}, "temperature=inf: must be a finite number"),
+        ({"warmup_ratio": 1.01}, "warmup_ratio=1.01: must be at most 1"),
+        ({"warmup_ratio": -0.1}, "warmup_ratio=-0.1: must be at least 0"),
+        ({"weight_decay": None}, "weight_decay=None: must be a number"),
+        ({"n": "12"}, "n='12': must be an integer or 'all'"),
+        ({"n": None}, "n=None: must be an integer or 'all'"),
+        ({"precision": "fp16"}, "precision='fp16': must be 'bf16' or 'fp32'"),
+        ({"greedy": ["final"]}, "greedy=['final']: must be 'never', 'final' or 'always'"),
+        ({"overwrite": 1}, "overwrite=1: must be a boolean"),
+        ({"profile": None}, "profile=None: must be 'auto', 'math' or 'mini'"),
+        ({"revision": 3}, "revision=3: must be a string"),
+        ({"samples_per_problem": 0}, "samples_per_problem=0: must be at least 1"),
+        ({"exclude_contaminated": "no"}, "exclude_contaminated='no': must be a boolean"),
+        ({"engines": 0}, "engines=0: must be at least 1"),
+        ({"gpu_memory_utilization": 1.2}, "gpu_memory_utilization=1.2: must be at most 1"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization=0: must be above 0"),
+        ({"max_steps": 0}, "max_steps=0: must be at least 1"),
+        ({"data_dir": 5}, "data_dir=5: must be a string"),
+        ({"data_dir": "~nobody-here/x"}, "data_dir='~nobody-here/x': ~nobody-here/x: there is no such user"),
+        ({"runs_dir": "a\0b"}, "runs_dir='a\\x00b': embedded null byte"),
+        ({"run_name": ".."}, "run_name='..': must be a plain folder name"),
+        ({"run_name": "a\0b"}, "run_name='a\\x00b': must be a plain folder name"),
+        ({"wandb_project": None}, "wandb_project=None: must be a string"),
     ],
 )
 def test_wrong_values_are_named(parameters, wrong, message):
     with pytest.raises(UserError, match="^" + re.escape(message)):
         resolve(parameters | wrong)
+
+
+def test_settings_stay_as_they_were_resolved(parameters):
+    config = resolve(parameters | {"epochs": 2, "learning_rate": 1e-3})
+    with pytest.raises(ValidationError, match="frozen"):
+        config.epochs = 3
+    assert json.dumps(config.to_dict()["epochs"]) == "2"  # an integer for a float stays as it was given
+    assert tuple(config.to_dict()) == PARAMETERS == tuple(RunConfig.model_fields)
+    other = config.model_copy(update={"learning_rate": 5e-4})
+    assert (other.optimization.learning_rate, config.optimization.learning_rate) == (5e-4, 1e-3)
+    shown = {name: getattr(config.optimization, name) for name in Optimization.__dataclass_fields__}
+    assert shown.items() <= dict(config).items() and "microbatch_tokens" in shown
 
 
 def test_unknown_parameter_is_refused_with_the_name_that_was_meant(parameters):

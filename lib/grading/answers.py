@@ -7,6 +7,7 @@ that done in worker processes).
 
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 from fractions import Fraction
 
 from lib.grading.algebra import is_algebra, may_be_equal
@@ -20,7 +21,11 @@ SPELLINGS = [
     (r"[⟨⟩]", "?"),  # ours: they mark what stands under a root
     (r"\\?[$%]", ""),  # dollars and percent signs don't tell answers apart
     (r"\s+", " "),
-    (r"^ ?(-?[0-9]{1,3}(?: [0-9]{3})+) ?$", lambda found: found[1].replace(" ", "")),  # thousands
+    (r"^ ?-?[0-9]+(?:\.[0-9]+)?e[+-]?[0-9]{1,2} ?$", lambda found: format(Decimal(found[0].strip()), "f")),
+    (r"^ ?a (?=[a-zA-Z]{3,} ?$)", ""),
+    (r"\*\*", "^"),
+    (r"\\not ?=", r"\\neq "),
+    (r"^ ?(-?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?) ?$", lambda found: found[1].replace(" ", "")),  # thousands
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
     (r"\\!", ""),
     (r"\{,\}", ","),
@@ -32,12 +37,13 @@ SPELLINGS = [
     (r"\\[()\[\]]", " "),  # \( \) \[ \] only delimit mathematics
     (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-zA-Z]))", ""),  # neither does a degree sign
     (r"(?<=[0-9]) ?degrees?(?![a-zA-Z])", ""),
+    (r"\\degree(?![a-zA-Z])", ""),
     (r"−", "-"),
     (r"[·×]", "*"),
     (r"√ ?([0-9]+|\()", r"sqrt\1"),
     (r"(?<!\\)sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<!\\)sqrt ?([0-9]+)", r"\\sqrt{\1}"),
-    (r"\\sqrt ?([0-9a-zA-Z])", r"\\sqrt{\1}"),
+    (r"\\sqrt ?(\[[0-9a-z]\])? ?([0-9a-zA-Z])", r"\\sqrt\1{\2}"),
     (r"\\frac ?([0-9a-zA-Z]) ?([0-9a-zA-Z])", r"\\frac{\1}{\2}"),
     (r"\\frac ?([0-9a-zA-Z]) ?\{", r"\\frac{\1}{"),
     (r"(?<![0-9.])\.([0-9])", r"0.\1"),
@@ -68,7 +74,13 @@ SYMBOLS = {
     "le": "≤",
     "geq": "≥",
     "ge": "≥",
-    "ne": "neq",
+    "ne": "≠",
+    "neq": "≠",
+    "pm": "±",
+    "emptyset": "∅",
+    "varnothing": "∅",
+    "lbrace": "",
+    "rbrace": "",
 }
 REMAINDERS = [
     (r"([0-9]+) +([0-9]+/[0-9]+)", r"(\1+\2)"),  # a mixed number
@@ -81,29 +93,30 @@ REMAINDERS = [
     (r"[ {}\\]", ""),
 ]
 
-# Units and other words that trail a quantity and don't tell answers apart. Some may be glued to it ("5cm"); single
-# letters need a blank and a plain number before them ("5 m", but 5m is a product). a.m. and p.m. stay: they matter.
+# Units. The course has two lists: the words of the long one are removed wherever they stand by themselves, the short
+# ones also where they are glued to a number or stand behind a thin space ("12\,\text{cm}"), with their power. Other
+# words go where `\text` holds them at the end. Single letters need a plain number and a blank before them: "5 m", but
+# 5m is a product.
 UNITS = r"""
-    mm cm dm km met(?:er|re)s? (?:centi|milli|kilo)met(?:er|re)s? inch(?:es)? ft feet foot yards? miles?
-    sq square cu cubic units? acres? hectares? seconds? secs? minutes? mins? hours? hrs? days? weeks? months?
-    years? yrs? degrees? deg percent mph kmph kg gm grams? lbs? pounds? lit(?:er|re)s? gallons? gal ml
-    ohms? coins? apples? tiles? men women man woman soldiers? ways rounds rupees? rs
+    mm cm dm km mtr metre meter mt inch inches ft foot feet yard mile mph kmph kmh kg gm lb sq square cu cubic cube unit
+    acre hectare second sec minute min hour hr day week month year yr degree deg percent liter litre gallon gal cc ohm
+    rupee rs coin apple toy tile mark men man women woman soldier way round number ratio more less increase decrease
+    profit loss gain east west am pm per
 """
-GLUED_UNITS = r"""
-    cm (?:centi)?meters? miles? seconds? minutes? hours? days? weeks? months? years? foot feet inch(?:es)?
-    yards? degrees?
-"""
-UNIT, GLUED_UNIT = (f"(?:{'|'.join(words.split())})" for words in (UNITS, GLUED_UNITS))
-SQUARE_OR_CUBE = r"(?: ?\^ ?\{?[23]\}?)?"
+SHORT_UNITS = "(?:centi)?meter degree cm mile second minute hour day week month year foot feet inch yard"
+OPPOSITES = "am pm east west more less increase decrease profit loss gain men man women woman"
+UNIT = f"(?:{'|'.join(UNITS.split())})s?"
+SHORT_UNIT = f"(?:{'|'.join(SHORT_UNITS.split())})(?:es)?s?"
 LINKS = r"[^{}]*\b(?:or|and|not|[ap]\.?m)\b"  # words that are part of an answer
 PLAIN = r"-?(?:[0-9.,/]+|\\[dt]?frac ?\{[0-9]+\} ?\{[0-9]+\})"
-BEFORE_WORDS = r"(?<!\\)(?<!\\[,;: ])"  # the course doesn't see words behind "\ " and "\," as a unit
-TRAILING_UNITS = [
-    (rf"{BEFORE_WORDS}\\text ?\{{ (?!{LINKS})[^{{}}0-9]*\}}{SQUARE_OR_CUBE}\.?$", ""),
-    (rf"{BEFORE_WORDS}\\(?:text|mbox) ?\{{(?!{LINKS})[^{{}}0-9]*\}}$", ""),
-    (rf"(?<=[0-9a-zA-Z)}}]) {UNIT}(?: {UNIT}){{0,2}}{SQUARE_OR_CUBE}$", ""),
-    (rf"(?<=[0-9)}}]){GLUED_UNIT}{SQUARE_OR_CUBE}$", ""),
-    (rf"^({PLAIN}) [mgslh]$", r"\1"),
+NOT_SPACED = r"(?<!\\)(?<!\\[,;: ])(?<!~)(?<!quad)"  # the course doesn't see words behind "\ " and "\," as a unit
+UNITS_AND_WORDS = [
+    (r"(\\[,;: ]|~|quad|\$) +", r"\1"),
+    (rf"{NOT_SPACED}\\text ?\{{ (?!{LINKS})[^{{}}0-9]*\}}(?: ?\^ ?\{{?[0-9]\}}?)?\.?$", ""),
+    (rf"{NOT_SPACED}\\(?:text|mbox) ?\{{(?!{LINKS})[^{{}}0-9]*\}}$", ""),
+    (rf"(?<![\\a-zA-Z]){SHORT_UNIT}(?: ?\^[0-9]+)?(?![a-zA-Z0-9{{^])", ""),
+    (rf"(?<![\w${{]){NOT_SPACED}{UNIT}(?![\w}}])", ""),
+    (rf"^({PLAIN}) [acdghlmost]$", r"\1"),
 ]
 
 DIGITS = r"[0-9]+"
@@ -112,7 +125,7 @@ DECIMAL = re.compile(rf"[+-]?{DIGITS}\.{DIGITS}")
 QUOTIENT = re.compile(rf"(-?{DIGITS})/({DIGITS})")
 MIXED = re.compile(rf"(-?)\(({DIGITS})\+({DIGITS})/({DIGITS})\)")
 TUPLE = re.compile(r"[(\[]([^()\[\]]+)[)\]]")
-NAMED = re.compile(r"([a-z]{1,2})=([^=]+)")  # x = 5
+NAMED = re.compile(r"([a-z]{0,2})=([^=]+)")  # x = 5
 
 
 def rewrite(text: str, rules: Iterable) -> str:
@@ -151,13 +164,23 @@ def canonical(answer: str) -> str:
 
 
 def without_unit(answer: str) -> str:
-    """Drop the unit or words that trail a quantity; an answer without a number before them stays as it is."""
+    """Drop units and words that don't tell quantities apart; an answer without a number stays as it is."""
     answer = re.sub(r"\s+", " ", answer.strip()[: LONGEST_ANSWER + 1])
-    for pattern, replacement in TRAILING_UNITS:
+    for pattern, replacement in UNITS_AND_WORDS:
         quantity = re.sub(pattern, replacement, answer).rstrip()
         if re.search("[0-9]", quantity):
             answer = quantity
     return answer
+
+
+def holds_units_only(text: str) -> bool:
+    """Tell whether a text is units, single letters among them, and blanks."""
+    return not re.sub(rf"(?<!\w)(?:{UNIT}|[acdghlmost])(?!\w)", "", text[: LONGEST_ANSWER + 1]).strip()
+
+
+def opposites(answer: str) -> set[str]:
+    """Return the words of an answer that tell two equal numbers apart: 5 more is not 5 less."""
+    return set(OPPOSITES.split()).intersection(re.findall("[a-z]+", answer[:LONGEST_ANSWER].lower().replace(".", "")))
 
 
 def number(text: str) -> Fraction | None:
@@ -208,9 +231,11 @@ def compare(gold: str, answer: str) -> bool | list[tuple[str, str]]:
         return False
     if gold_text == answer_text:
         return True
+    if opposites(gold) and opposites(answer) and opposites(gold) != opposites(answer):
+        return False
     gold_text, answer_text = canonical(without_unit(gold)), canonical(without_unit(answer))
     gold_name, answer_name = NAMED.fullmatch(gold_text), NAMED.fullmatch(answer_text)
-    if gold_name and answer_name and gold_name[1] != answer_name[1]:
+    if gold_name and answer_name and gold_name[1] and answer_name[1] and gold_name[1] != answer_name[1]:
         return False
     gold_text = gold_name[2] if gold_name else gold_text
     answer_text = answer_name[2] if answer_name else answer_text

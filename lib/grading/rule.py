@@ -10,56 +10,121 @@ math-verify doesn't serve here: its parser, and latex2sympy below it, hand text 
 the main thread; and it rounds to six digits, so that 0.333333 would pass for 1/3.
 """
 
+import itertools
+import numbers
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 
 from lib.files import UserError
-from lib.grading.answers import compare
+from lib.grading.answers import compare, holds_units_only
 from lib.grading.workers import SMALLEST_MEMORY, ask_workers
 
+# The lenient reading
+LENIENT_TAG = re.compile(r"<\s*(/?)\s*answer\s*>", re.IGNORECASE)
+LAST_CHARACTERS = 4000  # of a response, in which its last number is looked for
+NUMBER = re.compile(r"-?\\[dt]?frac ?\{-?[0-9]+\} ?\{[0-9]+\}|-?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?|-?\.[0-9]+")
+SENTENCE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,} +[a-zA-Z]{2,}")
 
-def r1_zero_reward_fn(response: str, ground_truth: str | float | list) -> dict[str, float]:
+
+@dataclass(frozen=True)
+class Grade:
+    """How one response was graded.
+
+    `form`: it has the form. `correct`: form and right answer, the course's reward. `undecided`: not correct only
+    because a limit of time or memory was hit, or the worker process died. `lenient`: right by the lenient reading
+    (`read_leniently`), which never enters accuracy.
+    """
+
+    form: bool
+    correct: bool
+    undecided: bool
+    lenient: bool
+
+
+def r1_zero_reward_fn(response: str, ground_truth, fast: bool = True) -> dict[str, float]:
     """Grade one response: {"reward", "format_reward", "answer_reward"}, each 0.0 or 1.0.
 
-    `ground_truth` is the gold answer; of a list of them, one is enough. The rare answer that needs algebra waits for a
-    worker process, as in `grade_many`, so this can't hang either.
+    `ground_truth` is the gold answer, a text or a number; of a list of them, one is enough. `fast` is the course's
+    third argument: there False asks math-verify for a second opinion, which evaluates text and rounds; here both
+    values give the same verdict. The rare answer that needs algebra waits for a worker process, so this can't hang.
     """
     return grade_many([response], [ground_truth])[0]
 
 
 def grade_many(
     responses: Sequence[str],
-    ground_truths: Sequence[str | float | list],
+    ground_truths: Sequence,
     workers: int | None = None,
     timeout: float = 2.0,
     memory_bytes: int = 1 << 30,
 ) -> list[dict[str, float]]:
-    """Grade responses as `r1_zero_reward_fn` does, in the order given.
-
-    `timeout` (seconds) and `memory_bytes` bound each answer in its worker process. An answer that reaches a limit or
-    kills its worker is wrong; the others go on. The workers stay for the next call, until the interpreter exits.
-    Raises UserError where the lengths differ or a parameter can't be used.
-    """
-    if len(responses) != len(ground_truths):
-        raise UserError(f"grade_many: {len(responses)} responses but {len(ground_truths)} ground_truths")
-    if workers is not None and workers < 1:
-        raise UserError(f"grade_many: workers must be at least 1, not {workers}")
-    if timeout <= 0:
-        raise UserError(f"grade_many: timeout must be positive, not {timeout}")
-    if memory_bytes < SMALLEST_MEMORY:
-        raise UserError(f"grade_many: memory_bytes must be at least {SMALLEST_MEMORY}, not {memory_bytes}")
-
-    verdicts = [judge(response, gold) for response, gold in zip(responses, ground_truths, strict=True)]
-    questions = {question for verdict in verdicts if isinstance(verdict, list) for question in verdict}
-    equal = ask_workers(sorted(questions), workers, timeout, memory_bytes) if questions else {}
+    """Grade responses as `r1_zero_reward_fn` does, in the order given; for the parameters see `grade_in_detail`."""
+    grades = grade_in_detail(responses, ground_truths, workers, timeout, memory_bytes)
     return [
-        reward(has_form(response), any(map(equal.get, verdict)) if isinstance(verdict, list) else verdict)
-        for response, verdict in zip(responses, verdicts, strict=True)
+        {
+            "reward": float(grade.correct),
+            "format_reward": float(grade.form),
+            "answer_reward": float(grade.correct),
+        }
+        for grade in grades
     ]
 
 
-def reward(form: bool, correct: bool) -> dict[str, float]:
-    """Return the course's dict: the reward needs both the form and the right answer."""
-    return {"reward": float(form and correct), "format_reward": float(form), "answer_reward": float(form and correct)}
+def grade_in_detail(
+    responses: Sequence[str],
+    ground_truths: Sequence,
+    workers: int | None = None,
+    timeout: float = 2.0,
+    memory_bytes: int = 1 << 30,
+) -> list[Grade]:
+    """Grade responses in the order given; a ground truth is a text, a number or a list of them.
+
+    `timeout` (seconds of processor time) and `memory_bytes` bound each answer in its worker process. An answer that
+    reaches a limit or kills its worker is not correct, but undecided; the others go on. `workers` is as many as the
+    process has cores where it is None. They stay for the next call, until the process ends.
+    Raises UserError where the lengths differ or a value can't be used.
+    """
+    check(responses, ground_truths, workers, timeout, memory_bytes)
+    judged = [
+        judge(response, gold_answers(gold, f"grade_many: ground_truths[{number}]"))
+        for number, (response, gold) in enumerate(zip(responses, ground_truths, strict=True))
+    ]
+    questions = {
+        question for _, *verdicts in judged for verdict in verdicts if isinstance(verdict, list) for question in verdict
+    }
+    equal = ask_workers(sorted(questions), workers, timeout, memory_bytes) if questions else {}
+
+    def settle(verdict) -> bool | None:
+        if isinstance(verdict, bool):
+            return verdict
+        answers = [equal[question] for question in verdict]
+        return True in answers or (None if None in answers else False)
+
+    grades = []
+    for form, verdict, lenient_verdict in judged:
+        correct = settle(verdict)
+        lenient = correct or settle(lenient_verdict)
+        grades.append(Grade(form, correct is True, undecided=correct is None, lenient=lenient is True))
+    return grades
+
+
+def check(responses, ground_truths, workers, timeout, memory_bytes) -> None:
+    """Raise UserError for what `grade_in_detail` can't use."""
+    if isinstance(responses, str) or isinstance(ground_truths, str):
+        raise UserError("grade_many: responses and ground_truths must be lists, not one text")
+    if len(responses) != len(ground_truths):
+        raise UserError(f"grade_many: {len(responses)} responses but {len(ground_truths)} ground_truths")
+    for number, response in enumerate(responses):
+        if not isinstance(response, str):
+            raise UserError(f"grade_many: responses[{number}] must be a text, not {type(response).__name__}")
+    if workers is not None and workers < 1:
+        raise UserError(f"grade_many: workers must be at least 1, not {workers}")
+    if not timeout > 0:
+        raise UserError(f"grade_many: timeout must be positive, not {timeout}")
+    if memory_bytes < SMALLEST_MEMORY:
+        raise UserError(f"grade_many: memory_bytes must be at least {SMALLEST_MEMORY}, not {memory_bytes}")
 
 
 def has_form(response: str) -> bool:
@@ -70,11 +135,16 @@ def has_form(response: str) -> bool:
 def extract_answer(response: str) -> str | None:
     """Return the answer of a response that has the form, or None where there isn't exactly one.
 
-    The course joins what stands before and after `</answer>`; an answer that only exists once joined is none.
+    The course joins what stands before and after `</answer>`; an answer that only exists once joined is none. Units
+    may stand on either side ("12</answer> cm").
     """
     parts = response.split("<answer>")[-1].split("</answer>")
-    if sum(any(map(str.isalnum, part)) for part in parts) > 1:
-        return None
+    filled = [part for part in parts if any(map(str.isalnum, part))]
+    if len(filled) > 1:
+        joined = any(a[-1:].isalnum() and b[:1].isalnum() for a, b in itertools.pairwise(parts))
+        parts = [part for part in filled if not holds_units_only(part)]
+        if joined or len(parts) != 1:
+            return None
     answer = "".join(parts)
     return boxed(answer) if r"\boxed" in answer else answer
 
@@ -90,26 +160,57 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def gold_answers(ground_truth: str | float | list) -> list[str]:
-    """Return the gold answers as strings, without a box or GSM8K's `####` around them."""
+def read_leniently(response: str) -> str | None:
+    r"""Return the answer where a tolerant reader would find it, or None where the response has none.
+
+    What follows the last `<answer>` (any case, white space in the tag, whatever stands before it), up to the next
+    tag or the end; of `\boxed{...}` in it, what the last one holds. Without the tag: what the last `\boxed{...}` of the
+    response holds; without a box: the last number of the response. A tag around a sentence with a single number stands
+    for this number.
+    """
+    tags = list(LENIENT_TAG.finditer(response))
+    last = max((i for i, tag in enumerate(tags) if not tag[1]), default=None)
+    if last is not None:
+        following = tags[last + 1].start() if last + 1 < len(tags) else None
+        response = response[tags[last].end() : following]
+    if r"\boxed" in response:
+        return boxed(response)
+    found = NUMBER.findall(response[-LAST_CHARACTERS:])
+    if last is not None and not (len(found) == 1 and SENTENCE.search(response[-LAST_CHARACTERS:])):
+        return response
+    return found[-1] if found else None
+
+
+def gold_answers(ground_truth, name: str = "ground_truth") -> list[str]:
+    """Return the gold answers as texts, without a box or GSM8K's `####` around them."""
+    listed = ground_truth.tolist() if hasattr(ground_truth, "tolist") else ground_truth  # of NumPy, pandas, torch
     golds = []
-    for gold in ground_truth if isinstance(ground_truth, list) else [ground_truth]:
-        if not isinstance(gold, str | int | float):
-            raise UserError(f"ground_truth must be a string, a number or a list of them, not {type(gold).__name__}")
-        gold = str(gold)
+    for gold in listed if isinstance(listed, list | tuple) else [listed]:
+        if not isinstance(gold, str | numbers.Real) or isinstance(gold, bool) or str(gold) in ("nan", "inf", "-inf"):
+            raise UserError(f"{name} must be a text, a number or a list of them, not {gold!r}")
+        # A number is written out: 1e-07 as 0.0000001.
+        gold = format(Decimal(str(gold)), "f") if isinstance(gold, float) else str(gold)
         if r"\boxed" in gold:
             gold = boxed(gold) or ""
         golds.append(gold.split("####")[-1])
+    if not golds:
+        raise UserError(f"{name} must not be an empty list")
     return golds
 
 
-def judge(response: str, ground_truth: str | float | list) -> bool | list[tuple]:
+def judge(response: str, golds: list[str]) -> tuple[bool, bool | list[tuple], bool | list[tuple]]:
+    """Return the form, the verdict by the course's rule and the verdict by the lenient reading."""
+    form = has_form(response)
+    answer, reading = extract_answer(response) if form else None, read_leniently(response)
+    verdict = judge_answer(answer, golds)
+    return form, verdict, verdict if verdict is True or reading == answer else judge_answer(reading, golds)
+
+
+def judge_answer(answer: str | None, golds: list[str]) -> bool | list[tuple]:
     """Judge by spelling and numbers: True, False, or the questions of which one must be answered with yes.
 
     A question is a tuple of (gold, answer) expressions that must all be equal by algebra.
     """
-    golds = gold_answers(ground_truth)
-    answer = extract_answer(response) if has_form(response) else None
     if answer is None:
         return False
     verdicts = [compare(gold, answer) for gold in golds]

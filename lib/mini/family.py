@@ -54,7 +54,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Worked:
-    """A worded problem with its worked solution."""
+    """A worded problem with its worked solution; `kernel` is what stays when names, letters and other words change."""
 
     family: str
     subject: str
@@ -62,6 +62,7 @@ class Worked:
     problem: str
     steps: list[str]
     answer: str
+    kernel: tuple[str, ...]
 
 
 def fill(wording: str, texts: dict[str, str]) -> str:
@@ -88,7 +89,8 @@ def make_problem(family: Family, level: int, rng: random.Random, wording: str, w
     """A problem of the family at `level` (1 to 5), worded by `wording` and `words`."""
     drawn = family.draw(rng, level, words)
     problem = fill(wording, words | drawn.values)
-    return Worked(family.name, family.subject, level, problem, drawn.steps, drawn.answer)
+    kernel = (wording, *re.findall(r"\d+", fill(wording, drawn.values)))
+    return Worked(family.name, family.subject, level, problem, drawn.steps, drawn.answer, kernel)
 
 
 def make_exam_problem(family: Family, level: int, rng: random.Random, held_out: bool) -> Worked:

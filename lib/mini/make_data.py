@@ -1,12 +1,14 @@
 """Writes `lib/mini/data`: traces, training problems and validation problems. Run: python -m lib.mini.make_data.
 
-The same seed gives the same bytes; a test makes them again and compares.
+The same seed gives the same bytes; a test makes them again and compares. Training and validation problems come from
+the same 35 families: validation asks for nothing that training doesn't teach. No validation problem equals a training
+problem up to its numbers, nor up to its names, letters and other exchangeable words.
 """
 
 import json
 import random
 from collections import Counter
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 
 from lib.mini import teacher
@@ -16,6 +18,7 @@ from lib.mini.problems import FAMILIES
 SEED = 336
 TRACES = 2048
 PER_CELL_TRAIN, PER_CELL_VALIDATION = 15, 6  # problems for each pair of a family and a level
+ATTEMPTS = 3000  # to find a problem of a family and level that training doesn't have
 DATA = Path(__file__).parent / "data"
 PROMPT = Path(__file__).parents[1] / "prompts" / "r1_zero.prompt"
 
@@ -33,6 +36,25 @@ def make_problems(held_out: bool, per_cell: int, rng: random.Random) -> list[Wor
                     problems.append(worked)
     rng.shuffle(problems)
     return problems
+
+
+def replace_twins(problems: list[Worked], train: list[Worked], rng: random.Random) -> list[Worked]:
+    """Another problem for each that equals one of `train` but for names, letters and other exchangeable words.
+
+    It is of the same family and level, or where `train` has all of these, of the same subject and level.
+    """
+    taken, seen = {worked.kernel for worked in train}, {worked.problem for worked in problems}
+    replaced = []
+    for old in problems:
+        new, own = old, [family for family in FAMILIES if family.name == old.family]
+        near = [family for family in FAMILIES if family.subject == old.subject]
+        for attempt in count():
+            if new.kernel not in taken and (new is old or new.problem not in seen):
+                break
+            new = make_exam_problem(rng.choice(own if attempt < ATTEMPTS else near), old.level, rng, held_out=True)
+        seen.add(new.problem)
+        replaced.append(new)
+    return replaced
 
 
 def problem_rows(problems: list[Worked], split: str) -> list[dict[str, str]]:
@@ -79,6 +101,7 @@ def make_splits(rng: random.Random) -> tuple[list[Worked], list[Worked], list[Wo
     """(train, validation, traced): all problems, and those of train that the teacher writes traces for."""
     train = make_problems(False, PER_CELL_TRAIN, rng)
     validation = make_problems(True, PER_CELL_VALIDATION, rng)
+    validation = replace_twins(validation, train, random.Random(SEED + 1))  # the traces' own numbers stay as they were
     traced = balanced(train, TRACES)
     rng.shuffle(traced)
     return train, validation, traced

@@ -21,6 +21,9 @@ from lib.data import Problem, Template, load_evaluation_problems, load_examples,
 from lib.environment import describe_environment
 from lib.evaluation import engine as engines
 from lib.evaluation import evaluate as evaluation
+from lib.evaluation.form import check_form
+from lib.evaluation.memory import model_shape, policy_bytes
+from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.files import UserError, read_lines, shorten_path, write_json, write_lines
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
@@ -60,7 +63,6 @@ class Run:
     policy: torch.nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-    starting: Future | None = None  # of an engine that starts while the policy is loaded
     engine: engines.Engine | None = None
     seconds: dict = field(default_factory=dict)
     proven: bool = False  # whether an evaluation has recorded its proof of sync
@@ -93,7 +95,7 @@ class Pending:
 
     position: dict
     sync: dict
-    results: Future  # of (decoding, Evaluation) pairs
+    results: Future  # decoding -> Evaluation
 
 
 class RunError(RuntimeError):
@@ -115,9 +117,6 @@ def _explain(error: BaseException, config: RunConfig) -> RunError | None:
 
 def _end(run: Run, error: BaseException) -> None:
     """Shut down what the run started, note the error in its folder, and give the folder back."""
-    if run.engine is None and run.starting is not None:
-        with contextlib.suppress(engines.EngineError):
-            run.engine = run.starting.result()
     if run.engine is not None:
         engines.shutdown(run.engine)
     stop_workers()
@@ -140,6 +139,7 @@ def prepare(config: RunConfig) -> Run:
     subset = stratified_subset(problems, config.n_val, SUBSET_SEED)
     training = select_examples(examples, config.n, config.filtered, config.seed)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    check_form(tokenizer, config.model)
     sequences = encode(training.examples, tokenizer, config.max_length)
     batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
     run = Run(
@@ -212,7 +212,7 @@ def start(run: Run) -> str:
     torch.manual_seed(config.seed)
     with run.recorded("setup"):
         if config.eval_device != config.train_device:
-            run.starting = start_engine(run, run.log_file, engines.init_vllm_in_background)
+            run.engine = start_engine(run, run.log_file)  # while the policy is loaded
         with captured(run.log_file):
             run.policy = load_policy(config.model, config.train_device, config.trust_remote_code)
         run.optimizer, run.scheduler = make_optimizer(run.policy, config, len(run.batches))
@@ -222,7 +222,9 @@ def start(run: Run) -> str:
         elif config.checkpoint_interval:
             checkpoint.check_space(config.run_dir, run.policy)
     with run.recorded("engine_start"):
-        run.engine = run.starting.result() if run.starting else start_engine(run, run.log_file)
+        run.engine = run.engine or start_engine(run, run.log_file)
+        if config.eval_device != "cpu":
+            engines.wait_until_ready(run.engine)
     if config.eval_device != "cpu":
         # The first weights open the way (NCCL) and warm up what proves it: a second that training would wait for later.
         _send_weights(run, prove=True)
@@ -231,10 +233,12 @@ def start(run: Run) -> str:
     return f"Resumed after step {len(past.metrics)} of {len(run.batches)}, where a stopped run had its last checkpoint."
 
 
-def start_engine(run: Run, log_file: Path, init=engines.init_vllm):
-    """What `init` makes of the run's model and devices, with room for its longest prompt and response: an engine."""
-    config = run.config
-    return init(
+def start_engine(run: Run, log_file: Path) -> engines.Engine:
+    """Begin to start an engine for the run's model, with room for its longest prompt and response."""
+    config, reserved = run.config, 0
+    if config.eval_device == config.train_device != "cpu":
+        reserved = policy_bytes(model_shape(config.model, config.trust_remote_code), config.microbatch_tokens)
+    return engines.begin_vllm(
         config.model,
         config.eval_device,
         config.train_device,
@@ -243,6 +247,7 @@ def start_engine(run: Run, log_file: Path, init=engines.init_vllm):
         seed=config.seed,
         max_model_len=longest_evaluation(run),
         gpu_memory_utilization=config.gpu_memory_utilization,
+        reserved_bytes=reserved,
         timeout=config.engine_timeout,
         trust_remote_code=config.trust_remote_code,
     )
@@ -306,7 +311,7 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
     sync = _send_weights(run, prove=config.verify_sync == "always" or not run.proven)
     run.proven = True
     final = position["train_step"] in (0, len(run.batches))
-    future, _ = engines.in_background(partial(_generate, run, position["train_step"], final))
+    future = engines.in_background(partial(_generate, run, position["train_step"], final))
     run.pending = Pending(position, sync, future)
     if config.eval_beside_training and not final:
         return []
@@ -318,9 +323,9 @@ def evaluate_policy(run: Run, position: dict) -> list[dict]:
 def _send_weights(run: Run, prove: bool) -> dict:
     """Send the policy's weights to the engine: the seconds that took (`sync`), and its proof or None."""
     with run.recorded("sync"):
-        seconds = engines.load_policy_into_vllm_instance(run.policy, run.engine)
+        seconds = load_policy_into_vllm_instance(run.policy, run.engine)
         prompts = run.prompts[:: len(run.prompts) // PROOF_PROMPTS or 1]
-        return {"sync": seconds, "proof": engines.prove_sync(run.policy, run.engine, prompts) if prove else None}
+        return {"sync": seconds, "proof": prove_sync(run.policy, run.engine, prompts) if prove else None}
 
 
 def finish_evaluation(run: Run) -> list[dict]:
@@ -333,7 +338,7 @@ def finish_evaluation(run: Run) -> list[dict]:
         run.pending = None
     position, final = pending.position, pending.position["train_step"] in (0, len(run.batches))
     parts = []
-    for decoding, result in results:
+    for decoding, result in results.items():
         if not config.eval_beside_training or final:  # otherwise the policy has moved on
             shown = [i for i, record in enumerate(result.records) if record["id"] in run.shown_ids]
             evaluation.log_generations(run.policy, result, shown, config.train_device, config.precision)
@@ -360,18 +365,17 @@ def finish_evaluation(run: Run) -> list[dict]:
     return lines
 
 
-def _generate(run: Run, step: int, final: bool) -> list[tuple[str, evaluation.Evaluation]]:
-    """Have the engine answer with the weights that it holds, and grade: (decoding, Evaluation) pairs."""
+def _generate(run: Run, step: int, final: bool) -> dict[str, evaluation.Evaluation]:
+    """Have the engine answer with the weights that it holds, and grade: decoding -> Evaluation."""
     config = run.config
     chosen = [i for i, p in enumerate(run.problems) if final or p.id in run.subset_ids]
     problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
-    results = []
-    for decoding in dict.fromkeys(decoding for _, decoding in evaluation.parts(config.greedy, final)):
-        sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
+    samplings = {}
+    for _, decoding in evaluation.parts(config.greedy, final):
+        samplings[decoding] = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
         if decoding == "greedy":
-            sampling = engines.Sampling(0.0, 1.0, config.max_new_tokens)
-        results.append((decoding, evaluation.evaluate(run.engine, problems, prompts, sampling, config.seed + step)))
-    return results
+            samplings[decoding] = engines.Sampling(0.0, 1.0, config.max_new_tokens)
+    return evaluation.evaluate(run.engine, problems, prompts, samplings, config.seed + step)
 
 
 # --- The untrained base ----------------------------------------------------------------------------------------------

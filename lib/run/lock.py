@@ -1,51 +1,49 @@
 """One process a folder: a lock that the system releases when its owner ends, however it ends."""
 
-import fcntl
+import errno
 import os
 from pathlib import Path
 
-from lib.files import UserError, shorten_path
+from filelock import FileLock, Timeout
+
+from lib.files import UserError, first_line, shorten_path
 
 NAME = ".lock"
-_held: dict[Path, int] = {}  # folder -> file descriptor
+HINTS = dict.fromkeys(
+    (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), "; its file system knows no locks: choose a folder on another one"
+)
+_held: dict[Path, FileLock] = {}
 
 
 def hold(folder: Path, what: str) -> None:
     """Hold `folder` for this process until `release` or its end; holding it twice is once.
 
-    Raises UserError naming the owner's process where another one holds it; `what` says what the folder is.
-    Record locks (POSIX): not inherited by the processes that a run starts, so an orphan of them keeps nothing.
+    Raises UserError naming the owner's process where another one holds it, and the cause where it can't be locked;
+    `what` says what the folder is. Processes that a run starts don't inherit the lock, so an orphan of them keeps
+    nothing.
     """
     folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    while folder not in _held:
-        handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
-            os.close(handle)
-            raise UserError(f"{what} {shorten_path(str(folder))}: process {owner} is at work in this folder") from None
-        if not _is_current(folder, handle):
-            os.close(handle)  # its owner released and removed it between the two calls above
-            continue
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-        _held[folder] = handle
+    if folder in _held and _held[folder].is_locked:
+        return
+    path, where = folder / NAME, f"{what} {shorten_path(folder)}"
+    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    except Timeout:
+        owner = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+        raise UserError(f"{where}: process {owner or 'unknown'} is at work in this folder") from None
+    except OSError as error:
+        lock.release()
+        reason = error.strerror or first_line(error)
+        raise UserError(f"{where}: can't be locked: {reason}{HINTS.get(error.errno, '')}") from error
+    _held[folder] = lock
 
 
 def release(folder: Path) -> None:
     """Give the folder back, if this process holds it."""
-    folder = folder.resolve()
-    handle = _held.pop(folder, None)
-    if handle is not None:
-        if _is_current(folder, handle):
-            (folder / NAME).unlink()
-        os.close(handle)
-
-
-def _is_current(folder: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(folder / NAME), os.fstat(handle))
-    except FileNotFoundError:
-        return False
+    lock = _held.pop(folder.resolve(), None)
+    if lock is not None and lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

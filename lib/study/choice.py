@@ -57,7 +57,7 @@ class PlannedTuning(PlannedRun):
 def plan_tuning(runs_dir: Path, shared: dict, settings: dict) -> PlannedTuning:
     """The tuning of a study whose runs share these parameters and resolved settings."""
     passed = {k: v for k, v in shared.items() if k not in OF_ITS_OWN | {"overwrite", "wandb_mode"}}
-    own = {**GRIDS[settings["profile"]], "runs_dir": shorten_path(str(runs_dir))}
+    own = {**GRIDS[settings["profile"]], "runs_dir": shorten_path(runs_dir)}
     return PlannedTuning("tuning", passed | own, TUNE_NOTEBOOK)
 
 
@@ -81,12 +81,12 @@ def read_choice(folder: Path, settings: dict) -> dict:
     made = {name: value for name, value in found.get("settings", {}).items() if name not in OF_ITS_OWN}
     if not made or not all(name in found for name in CHOSEN):
         raise UserError(
-            f"{shorten_path(str(path))}: does not say for which settings it was made; delete it to tune again"
+            f"{shorten_path(path)}: does not say for which settings it was made; delete it to tune again"
         )
     if changed := compare(made, settings):
         raise UserError(
-            f"{shorten_path(str(path))}: chosen for other settings ({'; '.join(changed)}); ask for the same, choose "
-            f"another --runs-dir, or delete {shorten_path(str(folder))}"
+            f"{shorten_path(path)}: chosen for other settings ({'; '.join(changed)}); ask for the same, choose "
+            f"another --runs-dir, or delete {shorten_path(folder)}"
         )
     return found
 

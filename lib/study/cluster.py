@@ -181,7 +181,7 @@ def environment(work: Work) -> dict:
 def find_missing(work: Work) -> list[str]:
     """Parameters whose files this node lacks, in words."""
     paths = {name: project_here(work) / path for name, path in work.paths.items()}
-    return [f"{name}={shorten_path(str(path))!r} is not there" for name, path in paths.items() if not path.exists()]
+    return [f"{name}={shorten_path(path)!r} is not there" for name, path in paths.items() if not path.exists()]
 
 
 # --- Archives --------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def pack(folder: Path, names: list[str], leave_out: tuple[str, ...] = ()) -> byt
 def pack_run(run: PlannedRun, folder: Path, work: Work) -> bytes:
     """A run's folder and notebook with the study's folder in place of the scratch folder wherever that is named."""
     names = [run.name, f"{run.name}.ipynb", f"{run.name}.failed.ipynb", f"{run.name}.log"]
-    shown = shorten_path(str(work.folder))
+    shown = shorten_path(work.folder)
     texts = [path for name in names[1:] for path in folder.glob(name)] + list((folder / run.name).glob("*.json"))
     for path in texts:
         path.write_text(path.read_text(encoding="utf-8").replace(str(folder), shown), encoding="utf-8")
@@ -362,7 +362,7 @@ def connect(address: str, folder: Path, settings: dict) -> None:
                 **options,
             )
     except (RuntimeError, ConnectionError, ValueError, OSError, ray.exceptions.RayError) as error:
-        raise UserError(f"--ray {address}: {one_line(str(error))} (see {shorten_path(str(log))})") from error
+        raise UserError(f"--ray {address}: {one_line(str(error))} (see {shorten_path(log)})") from error
     finally:
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)

@@ -120,7 +120,7 @@ def tune(machine, shared: dict, settings: dict) -> tuple[dict, dict[str, str]]:
     taken = {name: chosen[name] for name in open_ones}
     words = ", ".join(f"{name} {value:g}" for name, value in taken.items())
     beside = "" if len(taken) == len(CHOSEN) else f" (the choice was {point_name(chosen)}; what -p says stays)"
-    print(f"From {shorten_path(str(folder))}/tuning/choice.json: {words}{beside}. Chosen for: {chosen['why']}.")
+    print(f"From {shorten_path(folder)}/tuning/choice.json: {words}{beside}. Chosen for: {chosen['why']}.")
     return taken, {}
 
 
@@ -193,7 +193,7 @@ def main(words: list[str] | None = None) -> int:
     except UserError as error:
         mistake = error
     except OSError as error:  # a full disk, a folder that can't be written
-        mistake = f"{error.strerror or error}: {shorten_path(str(error.filename or arguments.runs_dir))}"
+        mistake = f"{error.strerror or error}: {shorten_path(error.filename or arguments.runs_dir)}"
     except Stopped as stopped:
         print(f"\nStopped ({stopped}). Nothing runs on; the same command continues.", file=sys.stderr)
         return 130
@@ -202,17 +202,14 @@ def main(words: list[str] | None = None) -> int:
     if mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
-    print(f"Report: {shorten_path(str(page))} (as a notebook: {shorten_path(str(page.with_suffix('.ipynb')))})")
+    print(f"Report: {shorten_path(page)} (as a notebook: {shorten_path(page.with_suffix('.ipynb'))})")
     return 1 if outcome.failed else 0
 
 
 def read_folder(text: str) -> Path:
     if not text.strip():
         raise UserError("--runs-dir: must name a folder")
-    folder = absolute(text)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--runs-dir {shorten_path(str(folder))}: is a file, not a folder")
-    return folder
+    return absolute(text)
 
 
 def stop(number, _frame):

@@ -35,7 +35,7 @@ def notebook_parameters(notebook: Path) -> dict:
     from papermill import inspect_notebook
 
     if not Path(notebook).is_file():
-        raise UserError(f"there is no notebook {shorten_path(str(notebook))}")
+        raise UserError(f"there is no notebook {shorten_path(notebook)}")
     return {name: read_value(found["default"]) for name, found in inspect_notebook(str(notebook)).items()}
 
 
@@ -190,7 +190,7 @@ def publish(partial: Path, output: Path) -> None:
     """Give an executed notebook its final name in one step, and the paths in its metadata as the project sees them."""
     notebook = nbformat.read(partial, as_version=4)
     recorded = notebook.metadata.get("papermill", {})
-    recorded.update(input_path=shorten_path(recorded.get("input_path", "")), output_path=shorten_path(str(output)))
+    recorded.update(input_path=shorten_path(recorded.get("input_path", "")), output_path=shorten_path(output))
     nbformat.write(notebook, partial)
     partial.replace(output)
 

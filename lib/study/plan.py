@@ -49,7 +49,7 @@ def plan(runs_dir, sizes=SIZES, seeds=(0,), shared=None, counts=None) -> list[Pl
             n, filtered = read_size(size, counts)
             name = default_run_name(n, filtered, seed)
             own = {"n": n, "filtered": filtered, "seed": seed, "run_name": name}
-            parameters = {**(shared or {}), **own, "runs_dir": shorten_path(str(runs_dir))}
+            parameters = {**(shared or {}), **own, "runs_dir": shorten_path(runs_dir)}
             runs[name] = PlannedRun(name, parameters, TRAIN_NOTEBOOK)
     return list(runs.values())
 
@@ -154,7 +154,7 @@ def refuse_conflicts(runs: list[PlannedRun], folder: Path, settings: dict) -> No
     conflicts = []
     for run in runs:
         if run.is_kept(folder) and (found := differences(run, folder / run.name, settings)):
-            conflicts.append(f"  {shorten_path(str(folder / run.name))}: {'; '.join(found)}")
+            conflicts.append(f"  {shorten_path(folder / run.name)}: {'; '.join(found)}")
     if conflicts:
         raise UserError(
             "finished runs differ from what is asked for:\n" + "\n".join(conflicts) + "\n"

@@ -88,7 +88,7 @@ def conclude(job: Job, folder: Path, outcome: Outcome, progress: Progress) -> No
     path, took = folder / job.run.name, spell(time.monotonic() - job.started)
     reason = job.execution.result()
     if reason is None and not job.run.is_finished(folder):
-        reason = f"the notebook ran to its end, but {shorten_path(str(path))} has no result"
+        reason = f"the notebook ran to its end, but {shorten_path(path)} has no result"
     progress.over(job)
     if reason is None:
         outcome.finished.append(job.run.name)

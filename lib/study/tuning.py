@@ -10,6 +10,7 @@ import torch
 
 from lib.evaluation import engine as engines
 from lib.evaluation.evaluate import evaluate, summarize
+from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.files import UserError, append_lines, read_lines, shorten_path, write_lines
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
@@ -83,7 +84,7 @@ def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> N
         made = row.get("settings", {})
         if changed := compare(made, asked) or not made:
             raise UserError(
-                f"{shorten_path(str(path))}, line {number}: made with other settings "
+                f"{shorten_path(path)}, line {number}: made with other settings "
                 f"({'; '.join(changed) if made else 'it does not say which'}); ask for the same, choose another "
                 "runs_dir, or delete the file"
             )
@@ -94,12 +95,12 @@ def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) ->
     config, started = run.config, time.perf_counter()
     optimizer, scheduler = make_optimizer(policy, config, len(run.batches))
     metrics = list(train_steps(policy, optimizer, scheduler, run.batches, config, run.sizes["selected"]))
-    engines.load_policy_into_vllm_instance(policy, engine)
-    engines.prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
+    load_policy_into_vllm_instance(policy, engine)
+    prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
     chosen = [i for i, p in enumerate(run.problems) if p.id in run.subset_ids]
     sampling = engines.Sampling(config.temperature, config.top_p, config.max_new_tokens)
     problems, prompts = [run.problems[i] for i in chosen], [run.prompts[i] for i in chosen]
-    records = evaluate(engine, problems, prompts, sampling, config.seed).records
+    records = evaluate(engine, problems, prompts, {"sampled": sampling}, config.seed)["sampled"].records
     summary = summarize(records)
     last = metrics[-max(1, len(metrics) // 10) :]
     row = {

@@ -1,5 +1,6 @@
 """From examples to token batches: encoding, the seeded order of a run, and packed microbatches."""
 
+import functools
 import math
 import random
 from collections import defaultdict
@@ -46,6 +47,22 @@ class Microbatch:
         return Microbatch(*(t.to(device, non_blocking=True) for t in tensors), self.packing.to(device))
 
 
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt, begun as the tokenizer begins a text: with its BOS token, if it sets one.
+
+    The same for training, evaluation and proof. What the tokenizer would put after a text does not end a prompt.
+    """
+    ids, first = tokenizer(text, add_special_tokens=False)["input_ids"], _beginning(tokenizer)
+    return ids if ids[: len(first)] == first else first + ids
+
+
+@functools.lru_cache(maxsize=8)
+def _beginning(tokenizer) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    whole, plain = tokenizer("1")["input_ids"], tokenizer("1", add_special_tokens=False)["input_ids"]
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+
+
 def encode(examples: list[Example], tokenizer, max_length: int) -> list[Sequence]:
     """Tokenize prompt and response separately and concatenate them.
 
@@ -56,7 +73,7 @@ def encode(examples: list[Example], tokenizer, max_length: int) -> list[Sequence
     """
     sequences, too_long = [], []
     for example in examples:
-        prompt_ids = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        prompt_ids = encode_prompt(tokenizer, example.prompt)
         response_ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
         if response_ids[-1:] != [tokenizer.eos_token_id]:
             response_ids = [*response_ids, tokenizer.eos_token_id]

@@ -1,6 +1,6 @@
-"""One engine on a GPU, in a process of its own: started, synced, proven, shut down. Prints what it saw as JSON.
+"""One engine on a GPU, in processes of its own: started, synced, proven, shut down. Prints what it saw as JSON.
 
-python tests/evaluation/gpu_engine.py MODEL TRAIN_DEVICE EVAL_DEVICE [END [SHARE_OF_MEMORY]]
+python tests/evaluation/gpu_engine.py MODEL TRAIN_DEVICE EVAL_DEVICE [END [SHARE_OF_MEMORY [ENGINES]]]
 
 END: normal, exception, hang, engine-killed; the second and the last wait for a line on standard input.
 """
@@ -17,6 +17,7 @@ import torch
 
 from lib.evaluation import engine as engines
 from lib.evaluation.engine import EngineError, Sampling
+from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.training.policy import load_policy, load_tokenizer
 
 
@@ -28,26 +29,32 @@ def perturb(policy) -> None:
 
 def is_refused(policy, engine, prompts) -> bool:
     try:
-        engines.prove_sync(policy, engine, prompts)
+        prove_sync(policy, engine, prompts)
     except EngineError:
         return True
     return False
 
 
-def main(model: str, train_device: str, eval_device: str, end: str = "normal", share: str = "0.3") -> None:
+def token_ids(engine, prompts, sampling, seed=0) -> list:
+    return [g.token_ids for samples in engines.generate(engine, prompts, sampling, seed=seed) for g in samples]
+
+
+def main(
+    model: str, train_device: str, eval_device: str, end: str = "normal", share: str = "0.3", count: str = "0"
+) -> None:
     torch.manual_seed(0)
     log_file = Path(tempfile.mkdtemp()) / "engine.log"
     tokenizer, policy = load_tokenizer(model), load_policy(model, train_device)
     prompts = [tokenizer(f"Find the sum of {i} and {i + 1}. " * 20)["input_ids"][:200] for i in range(8)]
-    engine = engines.init_vllm(
-        model, eval_device, train_device, log_file=log_file, max_model_len=512, gpu_memory_utilization=float(share)
-    )
-    seen = {"start_seconds": engine.start_seconds, "sync_seconds": [], "proofs": []}
+    settings = {"log_file": log_file, "max_model_len": 512, "gpu_memory_utilization": float(share)}
+    settings |= {"engines": int(count) or None, "enable_prefix_caching": True}
+    engine = engines.init_vllm(model, eval_device, train_device, **settings)
+    seen = {"start_seconds": engine.start_seconds, "replicas": len(engine.replicas), "sync_seconds": [], "proofs": []}
     print(json.dumps({"engine": [p.pid for p in psutil.Process().children(recursive=True)]}), flush=True)
     if end in ("engine-killed", "exception"):
         sys.stdin.readline()  # until the test says so
     if end == "engine-killed":
-        engines.load_policy_into_vllm_instance(policy, engine)
+        load_policy_into_vllm_instance(policy, engine)
         threading.Timer(1.0, engine.processes[0].kill).start()
         engines.generate(engine, prompts * 500, Sampling(1.0, 1.0, 300))
     if end == "exception":
@@ -55,19 +62,23 @@ def main(model: str, train_device: str, eval_device: str, end: str = "normal", s
     if end == "hang":
         time.sleep(600)
     for _ in range(3):
-        seen["sync_seconds"].append(engines.load_policy_into_vllm_instance(policy, engine))
-        seen["proofs"].append(engines.prove_sync(policy, engine, prompts))
+        seen["sync_seconds"].append(load_policy_into_vllm_instance(policy, engine))
+        seen["proofs"].append(prove_sync(policy, engine, prompts))
         engines.generate(engine, prompts, Sampling(0.0, 1.0, 32))  # fills the prefix cache
         perturb(policy)
     seen["unsent_weights_refused"] = is_refused(policy, engine, prompts)
-    real_reset = engine.llm.reset_prefix_cache
-    engine.llm.reset_prefix_cache = lambda: True
-    engines.load_policy_into_vllm_instance(policy, engine)
+    ask_all = engine.ask_all
+    engine.ask_all = lambda name, *a: [True] if a == ("reset_prefix_cache",) else ask_all(name, *a)
+    load_policy_into_vllm_instance(policy, engine)
     seen["stale_cache_refused"] = is_refused(policy, engine, prompts)
-    engine.llm.reset_prefix_cache = real_reset
-    seen["sync_seconds"].append(engines.load_policy_into_vllm_instance(policy, engine))
-    seen["proofs"].append(engines.prove_sync(policy, engine, prompts))
+    engine.ask_all = ask_all
+    seen["sync_seconds"].append(load_policy_into_vllm_instance(policy, engine))
+    seen["proofs"].append(prove_sync(policy, engine, prompts))
+    sampling = Sampling(1.0, 1.0, 8, samples=4)
+    seen["sampled"] = [token_ids(engine, prompts, sampling, seed) for seed in (5, 5, 6)]
+    begin = time.perf_counter()
     engines.shutdown(engine)
+    seen["shutdown_seconds"] = time.perf_counter() - begin
     time.sleep(2)
     seen["children_left"] = [" ".join(p.cmdline())[:80] for p in psutil.Process().children(recursive=True)]
     print(json.dumps(seen), flush=True)

@@ -1,24 +1,19 @@
 """Real vLLM on the CPU: the engine holds the weights that were sent, and forgets what it computed with the old ones."""
 
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
 from lib.data import Problem, Template, load_examples, load_problems
 from lib.evaluation import engine as engines
-from lib.evaluation.engine import EngineError, Sampling, generate, load_policy_into_vllm_instance, prove_sync
-from lib.evaluation.evaluate import encode_prompts, evaluate, log_generations, summarize
+from lib.evaluation import worker
+from lib.evaluation.engine import EngineError, Sampling, generate
+from lib.evaluation.evaluate import encode_prompts, evaluate, log_generations
+from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.grading import stop_workers
 from lib.training.policy import load_policy, load_tokenizer
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +63,7 @@ def test_the_engine_generates_what_the_policy_generates(engine, policy, prompts,
     load_policy_into_vllm_instance(policy, engine)
     proof = prove_sync(policy, engine, prompts)
     assert proof["mean_abs_difference"] < 1e-4 and proof["tokens"] > 0
-    for prompt, generation in zip(prompts, generate(engine, prompts, Sampling(0.0, 1.0, 12)), strict=True):
+    for prompt, (generation,) in zip(prompts, generate(engine, prompts, Sampling(0.0, 1.0, 12)), strict=True):
         expected = reference(policy, prompt, 12)
         assert generation.token_ids == expected[: len(generation.token_ids)]
 
@@ -86,7 +81,7 @@ def test_a_stale_prefix_cache_is_found_out(engine, policy, prompts, monkeypatch)
     generate(engine, prompts, Sampling(0.0, 1.0, 4))  # fills the cache with blocks of these weights
     perturb(policy, seed=3)
     with monkeypatch.context() as patched:
-        patched.setattr(engine.llm, "reset_prefix_cache", lambda: True)
+        patched.setattr(engine.replicas[0].server.llm, "reset_prefix_cache", lambda: True)
         load_policy_into_vllm_instance(policy, engine)
         with pytest.raises(EngineError, match="does not hold the policy's weights"):
             prove_sync(policy, engine, prompts)
@@ -96,8 +91,15 @@ def test_a_stale_prefix_cache_is_found_out(engine, policy, prompts, monkeypatch)
 
 def test_sampling_hangs_on_the_seed(engine, policy, prompts):
     load_policy_into_vllm_instance(policy, engine)
-    first, again, other = ([g.token_ids for g in generate(engine, prompts, Sampling(), seed=s)] for s in (5, 5, 6))
+    first, again, other = ([g.token_ids for (g,) in generate(engine, prompts, Sampling(), seed=s)] for s in (5, 5, 6))
     assert first == again != other
+
+
+def test_samples_of_a_problem_differ(engine, policy, prompts):
+    load_policy_into_vllm_instance(policy, engine)
+    answers = generate(engine, prompts, Sampling(1.0, 1.0, 12, samples=3), seed=5)
+    assert [len(samples) for samples in answers] == [3] * len(prompts)
+    assert all(len({tuple(g.token_ids) for g in samples}) == 3 for samples in answers)
 
 
 def test_the_stop_string_ends_a_response_and_is_kept(engine, policy, tiny_model, monkeypatch):
@@ -105,24 +107,30 @@ def test_the_stop_string_ends_a_response_and_is_kept(engine, policy, tiny_model,
     tokenizer = load_tokenizer(str(tiny_model))
     load_policy_into_vllm_instance(policy, engine)
     prompt = tokenizer("Which number? ")["input_ids"]
-    whole = generate(engine, [prompt], Sampling(0.0, 1.0, 40))[0]
+    ((whole,),) = generate(engine, [prompt], Sampling(0.0, 1.0, 40))
     assert whole.finish_reason == "length" and len(whole.token_ids) == 40
     # A random model never says </answer>: stop at something that it does say.
     stop = tokenizer.decode(whole.token_ids[:8])[-3:]
-    monkeypatch.setattr(engines, "STOP", stop)
-    stopped = generate(engine, [prompt], Sampling(0.0, 1.0, 40))[0]
+    monkeypatch.setattr(worker, "STOP", stop)
+    ((stopped,),) = generate(engine, [prompt], Sampling(0.0, 1.0, 40))
     assert stopped.finish_reason == "stop" and stopped.text.endswith(stop)
     assert whole.text.startswith(stopped.text) and len(stopped.token_ids) <= 8
 
 
-def test_an_evaluation_gives_a_record_a_problem(engine, policy, tiny_model, data_dir):
+def test_an_evaluation_gives_a_record_a_response(engine, policy, tiny_model, data_dir):
     tokenizer = load_tokenizer(str(tiny_model))
     load_policy_into_vllm_instance(policy, engine)
     template = load_examples(data_dir)[1]
     problems = load_problems(data_dir / "validation.jsonl")[:6]
     prompts = encode_prompts(problems, template, tokenizer)
-    result = evaluate(engine, problems, prompts, Sampling(1.0, 1.0, 10), seed=1)
-    assert [r["id"] for r in result.records] == [p.id for p in problems]
+    samplings = {"sampled": Sampling(1.0, 1.0, 10, samples=2), "greedy": Sampling(0.0, 1.0, 10)}
+    results = evaluate(engine, problems, prompts, samplings, seed=1)
+    assert [(r["id"], r["sample"]) for r in results["sampled"].records] == [(p.id, k) for p in problems for k in (0, 1)]
+    assert [(r["id"], r["sample"]) for r in results["greedy"].records] == [(p.id, 0) for p in problems]
+    # One decoding does not change what another draws.
+    alone = evaluate(engine, problems, prompts, {"sampled": samplings["sampled"]}, seed=1)["sampled"]
+    assert alone.records == results["sampled"].records
+    result = results["greedy"]
     assert all(
         r["verdict"] == "truncated" and r["tokens"] == 10 for r in result.records if r["finish_reason"] == "length"
     )
@@ -136,38 +144,6 @@ def test_an_evaluation_gives_a_record_a_problem(engine, policy, tiny_model, data
     assert result.records[0]["token_entropy"] is None
 
 
-def record(verdict, subject="Algebra", level="Level 1", tokens=10):
-    form = verdict in ("correct", "wrong")
-    return {"id": "x", "subject": subject, "level": level, "tokens": tokens, "format": form} | {
-        "correct": verdict == "correct",
-        "verdict": verdict,
-        "token_entropy": None,
-    }
-
-
-def test_a_summary_keeps_the_ways_to_fail_apart():
-    records = [record("correct", tokens=4), record("correct", "Geometry", tokens=8), record("wrong", tokens=30)]
-    records += [record("no_answer", level="Level 2"), record("truncated", tokens=50)]
-    summary = summarize(records)
-    assert [summary[k] for k in ("n", "correct", "wrong", "no_answer", "truncated")] == [5, 2, 1, 1, 1]
-    assert summary["accuracy"] == 0.4 and summary["format_rate"] == 0.6
-    assert (summary["mean_tokens_correct"], summary["mean_tokens_incorrect"]) == (6, 30)
-    assert summary["by_subject"] == {
-        "Algebra": {"n": 4, "correct": 1, "format": 2},
-        "Geometry": {"n": 1, "correct": 1, "format": 1},
-    }
-    assert summary["by_level"]["Level 2"] == {"n": 1, "correct": 0, "format": 0}
-    # Wilson's interval by hand, z = 1.959964
-    z, n, p = 1.959964, 5, 0.4
-    centre, half = (p + z * z / (2 * n)), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    assert summary["accuracy_low"] == pytest.approx((centre - half) / (1 + z * z / n), abs=1e-6)
-    assert summary["accuracy_high"] == pytest.approx((centre + half) / (1 + z * z / n), abs=1e-6)
-
-
-def test_means_of_nothing_are_null():
-    assert summarize([record("wrong")])["mean_tokens_correct"] is None
-
-
 def test_prompts_of_an_evaluation_are_those_of_training(tiny_model, data_dir):
     tokenizer = load_tokenizer(str(tiny_model))
     examples, template = load_examples(data_dir)
@@ -177,78 +153,41 @@ def test_prompts_of_an_evaluation_are_those_of_training(tiny_model, data_dir):
     assert Template("t", "a{question}b").question_in("a{question}b") == "{question}"
 
 
-# --- An engine that fails. Stand-ins for vLLM here; test_faults.py breaks the real one, test_gpu.py kills its process.
+# --- An engine that fails in this process. test_processes.py has those with processes of their own.
 
 
-def silent_engine(timeout: float, **parts) -> engines.Engine:
-    return engines.Engine(SimpleNamespace(), "cpu", "cpu", "fp32", Path("run.log"), 0, 0.0, timeout, **parts)
+def test_an_error_in_the_engine_comes_through_with_its_reason(engine):
+    with pytest.raises(EngineError, match=r"AttributeError: .*no_such_call"):
+        engine.replicas[0].call("no_such_call")
 
 
-def test_an_engine_without_a_sign_of_life_counts_as_hung():
-    engine, stop = silent_engine(0.5), threading.Event()
+def test_an_engine_without_a_sign_of_life_counts_as_hung(engine, prompts, monkeypatch):
+    stop = threading.Event()
+    monkeypatch.setattr(engine.replicas[0].server.llm.llm_engine, "step", lambda: [stop.wait()] * 0)
+    monkeypatch.setattr(engine.replicas[0], "timeout", 0.5)
     with pytest.raises(EngineError, match=r"no sign of life for .*engine_timeout=0.5"):
-        engines._watched(engine, stop.wait)
+        generate(engine, prompts, Sampling())
+    monkeypatch.undo()
     stop.set()
+    assert len(engine.replicas[0].result()) == len(prompts)  # it answers after all, and can be asked again
 
 
-def test_a_slow_engine_that_finishes_responses_does_not():
-    engine = silent_engine(1.5)
+def test_a_slow_engine_that_goes_on_does_not(engine, prompts, monkeypatch):
+    real_engine, steps = engine.replicas[0].server.llm.llm_engine, []
+    step = real_engine.step
 
-    def slow():
-        for _ in engines._SignsOfLife(range(4), engine=engine):
-            pass
-        bar = engines._SignsOfLife(total=4, engine=engine)
-        for _ in range(4):
-            time.sleep(0.8)
-            bar.update()
-        return "done"
+    def slow_step():
+        steps.append(time.sleep(1.1))
+        return step()
 
-    assert engines._watched(engine, slow) == "done"
-
-
-def test_an_engine_whose_process_ends_is_noticed(monkeypatch):
-    monkeypatch.setattr(engines, "SECONDS_TO_REPORT", 0.1)
-    child, stop = subprocess.Popen(["sleep", "60"]), threading.Event()
-    engine = silent_engine(600, processes=[psutil.Process(child.pid)])
-    threading.Timer(0.3, child.kill).start()
-    with pytest.raises(EngineError, match=f"the engine's process {child.pid} ended"):
-        engines._watched(engine, stop.wait)
-    stop.set()
-    child.wait()
+    monkeypatch.setattr(real_engine, "step", slow_step)
+    monkeypatch.setattr(engine.replicas[0], "timeout", 2.0)
+    generate(engine, prompts[:1], Sampling(0.0, 1.0, 4))
+    assert len(steps) >= 4  # longer than the time-out as a whole
 
 
-def test_an_error_in_the_engine_comes_through():
-    with pytest.raises(ZeroDivisionError):
-        engines._watched(silent_engine(600), lambda: 1 / 0)
-
-
-def test_an_engines_processes_end_with_a_killed_notebook():
-    """vLLM's engine process outlives a parent that is killed (SIGKILL), and would keep the GPU's memory."""
-    program = """
-import subprocess, time
-import psutil
-from lib.engine import _guard
-engine = psutil.Popen(["sleep", "600"], start_new_session=True)
-guard = _guard([engine])
-print(engine.pid, guard.pid, flush=True)
-time.sleep(600)
-"""
-    notebook = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    engine, guard = (psutil.Process(int(pid)) for pid in notebook.stdout.readline().split())
-    assert engine.is_running() and guard.is_running()
-    notebook.kill()
-    _, alive = psutil.wait_procs([engine, guard], timeout=10)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-
-
-@pytest.mark.parametrize(("train_device", "backend"), [("cuda:0", "nccl"), ("cuda:1", "ipc")])
-def test_an_engines_memory_on_a_gpu_is_planned_and_not_measured(monkeypatch, tiny_model, train_device, backend):
-    """Measured, it would depend on what other processes take and give back while the engine starts."""
-    card = SimpleNamespace(total_memory=80 << 30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", {"cuda:1": card}.__getitem__)
-    weights = sum(p.numel() for p in load_policy(str(tiny_model), "cpu").parameters())  # tied ones once
-    settings = engines._prepare_gpu(str(tiny_model), "cuda:1", train_device, "bf16", 0.25, False)
-    assert settings["kv_cache_memory_bytes"] == (20 << 30) - 2 * weights - engines.BESIDE_WEIGHTS
-    assert settings["device_ids"] == [1] and settings["weight_transfer_config"].backend == backend
-    with pytest.raises(EngineError, match=r"gpu_memory_utilization=0.03: 2.4 GiB of cuda:1 are too little"):
-        engines._prepare_gpu(str(tiny_model), "cuda:1", train_device, "bf16", 0.03, False)
+def test_an_engine_that_can_not_start_says_why(tiny_model, tmp_path):
+    """vLLM hides the cause behind 'Engine core initialization failed'."""
+    settings = {"log_file": tmp_path / "engine.log", "precision": "fp32", "max_model_len": 100_000}
+    with pytest.raises(EngineError, match=r"vLLM did not start on cpu: .*max_model_len \(100000\) is greater than"):
+        engines.init_vllm(str(tiny_model), "cpu", "cpu", **settings)

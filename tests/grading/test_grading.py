@@ -1,26 +1,21 @@
 """The grading rule as a specification: tables of (gold, answer, right or wrong), and what holds for every answer."""
 
 import builtins
+import importlib.metadata
 import json
-import multiprocessing
 import os
 import re
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
 
-import grading_faults
+import numpy
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lib import grading
 from lib.files import UserError
-from lib.grading import grade_many, r1_zero_reward_fn, workers
+from lib.grading import grade_in_detail, grade_many, r1_zero_reward_fn, version
 from lib.grading.algebra import are_equal, is_algebra, may_be_equal, parse
 from lib.grading.answers import LONGEST_ANSWER, canonical, compare
 
@@ -59,6 +54,15 @@ FORMS = [
     ("so. </answer> </think> <answer> 16", 1, 1),  # by the course's rule this is the form
     ("so. </think> <answer>1</answer>6", 1, 0),  # only joined would it be right
     ("so. </think> <answer>17</answer> 16", 1, 0),
+    ("so. </think> <answer>16</answer> more", 1, 1),  # the course's units, also behind the end
+    ("so. </think> <answer>16</answer> degrees.", 1, 0),
+    ("so. </think> <answer>16</answer> m", 1, 1),
+    ("so. </think> <answer>16</answer>\n\n", 1, 1),
+    ("so. </think> <answer>16</answer>.", 1, 1),
+    ("so. </think> <answer>16</answer>more", 1, 0),
+    ("so. </think> <answer>16</answer> is the answer", 1, 0),
+    ("so. </think> <answer>1</answer> 6", 1, 0),
+    ("so. </think> <answer>16 more</answer> cm", 1, 1),
     ("so. </think> <answer></answer> 16 or 17", 1, 0),
     ("so. </think> <answer>16</answer></answer>", 1, 1),
     (r"so. </think> <answer>The answer is $\boxed{16}$.</answer>", 1, 1),
@@ -82,6 +86,19 @@ def test_form(response, form, right):
 
 
 # The answer, by families: right ones and, beside them, wrong ones
+
+# All of these by the course's two lists of units; gold 12.
+UNITS_RIGHT = [
+    r"12\,\text{cm}", r"12 \, \text{inches}", r"12\ \text{degrees}", r"12~\mathrm{feet}", r"12\mathrm{ miles}",
+    "$12$ cm", "12 cm^2", "12cm", "12 inches", "12 sec", "12 min", "12 units", "12 square units", "12 miles per hour",
+    "12 per day", "12 sq cm", "12 kg", "12 ohms", "12 more", "12 toys", "minutes 12", "number 12", r"12\text{ cookies}",
+    "12 cm more", r"12\text{ cm}^2", r"12 \text{pencils}",
+]  # fmt: skip
+UNITS_WRONG = [
+    r"12 \, \text{units}", r"12\,\text{m}", r"12\,\text{kg}", r"12\ \text{pencils}", r"12~\text{ohms}",
+    r"12\mathrm{ sec}", "$12$ units", "12 bananas", "12 dollars", "12 grams", "12 in", "12m", "12m^2", "12 ft^2",
+    "13 cm", "cm", "12 and cm", r"1.2\,\text{cm}",
+]  # fmt: skip
 
 ANSWERS = {
     "exact": [
@@ -183,6 +200,15 @@ ANSWERS = {
         ("3", r"3\text{ and }5", False),
         ("3", r"3\text{ or more}", False),
         ("3m", "3s", False),
+        *[("12", answer, True) for answer in UNITS_RIGHT],
+        *[("12", answer, False) for answer in UNITS_WRONG],
+        (r"2\sqrt{3}", r"2\sqrt3\,\text{cm}", True),
+        (r"\frac{3}{4}", r"\frac{3}{4}\,\text{mile}", True),
+        ("5", "5 more", True),
+        (r"5 \text{ more}", "5 less", False),
+        ("10 am", "10 pm", False),
+        ("12 miles east", "12 miles west", False),
+        (r"\text{even}", "odd number", False),
     ],
     "percent": [
         (r"50\%", "50", True),
@@ -316,6 +342,67 @@ def test_answers(family):
     assert all(grade["format_reward"] == 1 for grade in graded)
 
 
+# Where the verdict differs from the course's: (gold, answer, the course's). Ours is the other one.
+DELIBERATE = {
+    "equal, and the course does not see it": [
+        ("y = 2x + 3", "y = 3 + 2x", False),
+        (r"y=\frac{1}{2}x", "y=0.5x", False),
+        (r"\frac{x+1}{2}", "(x+1)/2", False),  # the course loses the parentheses
+        (r"\frac{x+1}{x-1}", r"\frac{1+x}{x-1}", False),
+        (r"\frac{1+\sqrt5}{2}", r"\frac12 + \frac{\sqrt5}{2}", False),
+        (r"\frac{\sqrt{3}}{2}", r"\sqrt{0.75}", False),
+        (r"(\sqrt{3}-1, 2)", r"(-1+\sqrt3, 2)", False),
+        (r"[\frac12,\sqrt2)", r"[0.5,\sqrt{2})", False),
+        (r"-7\frac{3}{4}", "-31/4", False),
+        (r"-7\frac{3}{4}", "-7.75", False),
+    ],
+    "the same in other characters": [
+        ("-3", "−3", False),
+        (r"\pi", "π", False),
+        (r"2\sqrt{3}", "2√3", False),
+        (r"(-\infty,2]", "(-∞,2]", False),
+        (r"\mbox{seven}", "seven", False),
+        ("17", "x = 17.", False),
+        (r"60^\circ", r"60^{\,\circ}", False),
+        ("50", r"50~\%", False),
+    ],
+    "unequal, and the course takes it": [
+        ("2^{n+1}", "2^{n}+1", True),
+        (r"\frac{x+1}{2}", "x+1/2", True),
+        (r"\frac{1}{2x}", r"\frac{1}{2}x", True),
+        (r"\frac{\frac{1}{2}}{3}", r"\frac{1}{\frac{2}{3}}", True),
+        (r"-7\frac{3}{4}", "-25/4", True),
+        (r"2\sqrt{3}", r"2\sqrt[3]{3}", True),
+        ("4", "3.9999999", True),
+        ("x=5", "y=5", True),
+        ("5", "4 = 5", True),
+        (r"x=\text{odd}", r"x=\text{even}", True),
+        (r"10\text{ a.m.}", r"10\text{ p.m.}", True),
+        ("3", r"3\text{ and }5", True),
+        ("2", r"2 \text{ or } 3", True),
+        ("73", "7 3", True),
+        ("2.5", "0 2.5", True),
+        ("(1,234)", "1234", True),
+        ("3x", "x3", True),
+        ("", "", True),
+        (r"\$", r"\%", True),
+        ("5", "５", True),
+        ("1000", "1_000", True),
+    ],
+    "equal or not, only by accident": [
+        ("(1,000,2)", "(1000,2)", True),  # a triple or a pair
+        ("a+b+c", "c+b+a", True),  # the course strips the units a and c
+        ("12", "m 12", True),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", DELIBERATE)
+def test_deliberate_differences_from_the_course(kind):
+    for gold, answer, course in DELIBERATE[kind]:
+        assert is_right(gold, answer) is not course, (gold, answer)
+
+
 @pytest.mark.parametrize(
     ("gold", "right"),
     [
@@ -324,9 +411,14 @@ def test_answers(family):
         (6, False),
         (["6", "5"], True),
         ([6, 5], True),
-        ([], False),
         (r"\boxed{5}", True),
         ("some text #### 5", True),
+        (("6", "5"), True),
+        (5.5, False),
+        (numpy.int64(5), True),
+        (numpy.float32(5), True),
+        (numpy.array(["6", "5"]), True),
+        (Fraction(5), True),
     ],
 )
 def test_kinds_of_ground_truth(gold, right):
@@ -341,9 +433,109 @@ def test_user_errors_name_the_parameter():
         (([""], ["1"], 1, 1, 1 << 20), "memory_bytes"),
         ((["a"], [None]), "ground_truth"),
         ((["a"], [["1", b"2"]]), "ground_truth"),
+        ((["a", "b"], ["1", float("nan")]), r"ground_truths\[1\]"),
+        ((["a"], [float("inf")]), r"ground_truths\[0\]"),
+        ((["a"], [True]), r"ground_truths\[0\]"),
+        ((["a"], [[False]]), r"ground_truths\[0\]"),
+        ((["a"], [["1", None]]), r"ground_truths\[0\]"),
+        ((["a"], [["1", ["2"]]]), r"ground_truths\[0\]"),
+        ((["a"], [{"answer": "1"}]), r"ground_truths\[0\]"),
+        ((["a"], [numpy.float64("nan")]), r"ground_truths\[0\]"),
+        ((["a"], [[]]), r"ground_truths\[0\] must not be an empty list"),
+        ((["a"], [()]), "empty list"),
+        (([None], ["1"]), r"responses\[0\]"),
+        ((["a", 5], ["1", "5"]), r"responses\[1\]"),
+        (("ab", ["1", "2"]), "responses"),
+        ((["a", "b"], "12"), "ground_truths"),
+        (([""], ["1"], 1, float("nan")), "timeout"),
     ]:
         with pytest.raises(UserError, match=name):
             grade_many(*arguments)
+
+
+@pytest.mark.parametrize(("gold", "answer"), [(1e-07, "0.0000001"), (0.1, "0.1"), (16.0, "16"), (1e22, "1" + "0" * 22)])
+def test_numbers_are_written_out(gold, answer):
+    assert is_right(gold, answer)
+    assert not is_right(gold, answer + "1")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_third_argument_of_the_course(fast):
+    """It is accepted, by position as by name, and changes no verdict."""
+    for answer, right in [("0.5", 1), ("0.333333", 0), ("1/2", 1)]:
+        gold = r"\frac{1}{3}" if "3" in answer else r"\frac{1}{2}"
+        assert r1_zero_reward_fn(respond(answer), gold, fast)["reward"] == right
+        assert r1_zero_reward_fn(respond(answer), gold, fast=fast)["reward"] == right
+
+
+def test_the_version_changes_with_the_source_and_sympy(monkeypatch, tmp_path):
+    first = version()
+    assert first == version() and re.fullmatch("[0-9a-f]{16}", first)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
+    assert version() != first
+    monkeypatch.undo()
+    for file in Path(grading.__file__).parent.glob("*.py"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(grading, "__file__", str(tmp_path / "__init__.py"))
+    assert version() == first
+    (tmp_path / "answers.py").write_text("# changed")
+    assert version() != first
+
+
+# The lenient reading: (response, gold answer, right by the lenient reading), none of them by the course's rule
+
+LENIENT = [
+    ("so. </think>\n<answer> 16 </answer>", "16", True),
+    ("so. </think><answer>16</answer>", "16", True),
+    ("so. </think> \n\n <answer>\n16\n</answer>", "16", True),
+    ("so. </think> < answer >16</ answer>", "16", True),
+    ("so. </think> <Answer>16</ANSWER>", "16", True),
+    ("so. <answer>1+x</answer>", "x+1", True),  # by algebra
+    ("so. </think> <answer>16", "16", True),  # cut off
+    ("so. </think> <answer>The answer is 16.</answer>", "16", True),
+    (r"so. </think> The answer is \boxed{\frac{3}{4}}.", r"\frac34", True),
+    (r"so. </think> <answer> 7 is no \boxed{16}", "16", True),
+    ("so. </think> The answer is 16.", "16", True),
+    ("16 - 4 = 12", "12", True),
+    ("It costs $1,250.50 in all", "1250.5", True),
+    (r"so it is \frac{3}{4}", "0.75", True),
+    ("so it is -3/4.", r"-\frac{3}{4}", True),
+    ("so. </think>\n<answer>17</answer>", "16", False),
+    ("16 </think>\n<answer>17</answer>", "16", False),  # the thought is not read where there is an answer
+    (r"\boxed{16} </think>\n<answer>17</answer>", "16", False),
+    (r"16 or \boxed{17}", "16", False),
+    ("16 or 17", "16", False),
+    (r"16 \boxed{", "16", False),
+    ("so. <answer>16</answer> <answer>17</answer>", "16", False),
+    ("so. </think> <answer>one of 16 and 17</answer>", "16", False),
+    ("so. </think> <answer>not known</answer>", "16", False),
+    ("no number", "16", False),
+    ("", "16", False),
+]
+
+
+def test_the_lenient_reading():
+    responses, golds, _ = zip(*LENIENT, strict=True)
+    grades = grade_in_detail(responses, golds)
+    assert [row for row, grade in zip(LENIENT, grades, strict=True) if grade.lenient != row[2]] == []
+    assert not any(grade.correct or grade.undecided for grade in grades)
+
+
+def test_what_is_correct_is_right_by_the_lenient_reading_too():
+    pairs = [(respond(a), gold) for table in ANSWERS.values() for gold, a, _ in table]
+    pairs += [(response, "16") for response, _, _ in FORMS]
+    grades = grade_in_detail(*zip(*pairs, strict=True))
+    assert sum(grade.correct for grade in grades) > 100
+    assert all(grade.lenient for grade in grades if grade.correct)
+
+
+def test_the_teachers_malformed_traces_are_read_leniently():
+    """205 of mini's 328 malformed traces differ from the form by white space only."""
+    rows = [json.loads(line) for line in (Path(__file__).parents[2] / "lib/mini/data/sft.jsonl").open(encoding="utf-8")]
+    grades = grade_in_detail([row["response"] for row in rows], [row["ground_truth"] for row in rows])
+    malformed = [grade for grade in grades if not grade.form]
+    assert len(malformed) == 328 and sum(grade.lenient for grade in malformed) > 300
+    assert not any(grade.undecided for grade in grades)
 
 
 # What must hold for every answer
@@ -407,119 +599,6 @@ def test_any_text_gets_a_verdict_and_itself_only(gold, answer):
 
 def test_the_form_reward_is_independent_of_the_answer():
     assert r1_zero_reward_fn(respond("a" * (LONGEST_ANSWER + 1)), "5")["format_reward"] == 1
-
-
-# Worker processes
-
-
-@pytest.fixture
-def misbehaving(monkeypatch):
-    grading.stop_workers()
-    monkeypatch.setattr(workers, "all_equal", grading_faults.misbehave)
-    yield
-    grading.stop_workers()
-
-
-FAULTS = [getattr(grading_faults, name) for name in ("HANG", "HANG_IN_C", "MEMORY", "KILLED", "EXIT")]
-
-
-def test_an_answer_that_hangs_eats_memory_or_kills_its_worker_is_wrong_and_alone(misbehaving):
-    answers = ["1+x"]
-    for fault in FAULTS:
-        answers += [fault, "x+2", "1+x"]
-    start = time.monotonic()
-    graded = grade_many([respond(answer) for answer in answers], ["x+1"] * len(answers), workers=2, timeout=1.0)
-    assert [grade["reward"] for grade in graded] == [float(answer == "1+x") for answer in answers]
-    assert all(grade["format_reward"] == 1 for grade in graded)
-    assert time.monotonic() - start < 30
-
-
-def test_workers_killed_from_outside_cost_nothing():
-    """The out-of-memory killer, say: idle workers are replaced, the next answers are graded as ever."""
-    assert is_right("x+1", "1+x")
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    assert is_right("x+1", "1+x+0")
-    assert not is_right("x+1", "1+x+1")
-
-
-def test_the_smallest_memory_is_enough_for_ordinary_answers():
-    response = respond("1+x")
-    assert grade_many([response], ["x+1"], workers=1, memory_bytes=workers.SMALLEST_MEMORY)[0]["reward"] == 1
-
-
-def test_a_main_module_with_much_address_space_grades_too(tmp_path):
-    """Workers import it before their limit is set, as a script's PyTorch with CUDA (the benchmark met this)."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import mmap\n"
-        "mapped = mmap.mmap(-1, 8 << 30)\n"
-        "from lib.grading import grade_many\n"
-        "if __name__ == '__main__':\n"
-        "    print(grade_many(['</think> <answer>1+x</answer>'], ['x+1'], workers=1)[0]['reward'])\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    printed = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
-    assert printed.stdout == "1.0\n", printed.stderr
-
-
-def test_grading_works_in_any_thread():
-    """math-verify's own time limit raises outside the main thread."""
-    verdicts = []
-    thread = threading.Thread(target=lambda: verdicts.append(is_right("x+2", "2+x")))
-    thread.start()
-    thread.join()
-    assert verdicts == [True]
-
-
-def test_a_question_that_is_lost_with_its_pool_is_asked_again(monkeypatch):
-    """A pool that breaks while questions wait for it forgets those that no worker had yet: nobody answers them."""
-    ask, lost = workers.ask, []
-
-    def lose_once(pool, question, timeout):
-        if lost:
-            return ask(pool, question, timeout)
-        pool.stop()
-        lost.append(Future())
-        return lost[0]
-
-    monkeypatch.setattr(workers, "ask", lose_once)
-    rewards = grade_many([f"</think> <answer>1+{x}^2</answer>" for x in "xy"], ["x^2+1", "y^2+2"])
-    assert lost and [reward["reward"] for reward in rewards] == [1, 0]
-
-
-def test_workers_stay_for_the_next_call_and_leave_with_the_process():
-    program = (
-        "import multiprocessing, os, signal\n"
-        "from lib.grading import grade_many\n"
-        "before = []\n"
-        "for answer in ('1+x', 'x+2'):\n"
-        "    grade_many([f'</think> <answer>{answer}</answer>'], ['x+1'], workers=1)\n"
-        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
-    )
-    for end in ("", "os.kill(os.getpid(), signal.SIGKILL)"):
-        finished = subprocess.run([sys.executable, "-c", program + end], capture_output=True, text=True, timeout=60)
-        first, second = finished.stdout.split()
-        assert first == second
-        deadline = time.monotonic() + 20
-        while is_running(int(first)):
-            assert time.monotonic() < deadline, "a worker outlived its parent"
-            time.sleep(0.1)
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_importing_the_grader_is_cheap():
-    """Worker processes and notebooks import it: neither torch nor sympy may come along."""
-    program = (
-        "import sys, lib.grading; print(*{'torch', 'sympy', 'latex2sympy2_extended', 'pebble'} & set(sys.modules))"
-    )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == ""
 
 
 # Nothing is executed
@@ -588,6 +667,13 @@ def test_1408_of_1767_traces_are_correct():
     assert len(rows) == 1767
     assert sum(grade["format_reward"] for grade in graded) == 1439
     assert sum(grade["reward"] for grade in graded) == 1408
+
+
+def test_nearly_all_malformed_traces_hold_the_right_answer():
+    rows = read("sft.jsonl")
+    grades = grade_in_detail([row["response"] for row in rows], [row["ground_truth"] for row in rows])
+    assert sum(grade.lenient for grade in grades if not grade.form) == 322
+    assert sum(grade.lenient for grade in grades) == 1730
 
 
 @pytest.fixture(scope="module")

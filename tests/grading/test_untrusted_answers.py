@@ -259,7 +259,7 @@ def test_no_attack_wins_hangs_or_executes(attack, tmp_path, monkeypatch):
     slowest = 0.0
     for response, gold in cases:  # in this process: text only
         start = time.process_time()
-        judge(response, gold)
+        judge(response, [gold])
         slowest = max(slowest, time.process_time() - start)
     assert slowest < SECONDS
     graded = grade_many(*zip(*cases, strict=True), workers=2, timeout=SECONDS, memory_bytes=MEMORY)

@@ -56,7 +56,7 @@ def test_a_line_cut_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path):
     (run / "metrics.jsonl").write_text(whole + '{"train_step": 99, "lo')
     assert len(report.load(tmp_path).metrics) == len(whole.splitlines())
     (run / "metrics.jsonl").write_text(whole.replace('{"train_step": 3', "train_step: 3"))
-    with pytest.raises(UserError, match=r"metrics\.jsonl:3: not JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 3: not valid JSON"):
         report.load(tmp_path)
 
 

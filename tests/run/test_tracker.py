@@ -38,7 +38,7 @@ def test_an_unfinished_last_line_is_left_out_and_a_broken_one_is_said(tmp_path):
     path.write_text('{"a": 1}\n{"a": ')
     assert read_lines(path) == [{"a": 1}]
     path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not valid JSON"):
         read_lines(path)
     assert read_lines(tmp_path / "none.jsonl") == []
 
