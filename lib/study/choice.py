@@ -80,9 +80,7 @@ def read_choice(folder: Path, settings: dict) -> dict:
     found = read_json(path)
     made = {name: value for name, value in found.get("settings", {}).items() if name not in OF_ITS_OWN}
     if not made or not all(name in found for name in CHOSEN):
-        raise UserError(
-            f"{shorten_path(path)}: does not say for which settings it was made; delete it to tune again"
-        )
+        raise UserError(f"{shorten_path(path)}: does not say for which settings it was made; delete it to tune again")
     if changed := compare(made, settings):
         raise UserError(
             f"{shorten_path(path)}: chosen for other settings ({'; '.join(changed)}); ask for the same, choose "

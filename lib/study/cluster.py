@@ -86,7 +86,10 @@ class Board:
 def execute_run(work: Work, run: PlannedRun, board, bases: bytes | None) -> tuple[str | None, bytes | None]:
     """Execute a run's notebook on this node; why it failed or None, and what it made where the folder is not shared."""
     node = node_name()
-    if ray.get(board.begin.remote(run.name, node)) > RETRIES + 1:
+    attempt = 1
+    with contextlib.suppress(ray.exceptions.RayError):  # a study without its board is a study without progress
+        attempt = ray.get(board.begin.remote(run.name, node))
+    if attempt > RETRIES + 1:
         return f"its worker died {RETRIES + 1} times, the last on {node}: is there too little memory?", None
     sweep(work.folder)
     remove_left_scratch()
@@ -341,11 +344,8 @@ class Cluster:
 
 def connect(address: str, folder: Path, settings: dict) -> None:
     """Start or reach the cluster; what Ray says goes to ray.log in the study's folder."""
-    log = folder / "ray.log"
-    logger = logging.getLogger("ray")
-    logger.handlers, logger.propagate = [logging.FileHandler(log)], False
-    # What nodes report (a node lost, a run begun again) is printed by a thread of Ray's that knows no other place.
-    ray._private.worker.print_to_stdstream = lambda data, **_: logger.warning("\n".join(data["lines"]))
+    log, logger = folder / "ray.log", logging.getLogger("ray")
+    logger.handlers = []
     options = {"include_dashboard": False} if address == "local" else {}
     if address not in ("local", "auto"):
         check_head(address)
@@ -364,6 +364,9 @@ def connect(address: str, folder: Path, settings: dict) -> None:
     except (RuntimeError, ConnectionError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise UserError(f"--ray {address}: {one_line(str(error))} (see {shorten_path(log)})") from error
     finally:
+        logger.handlers = [logging.FileHandler(log)]  # Ray has removed what was there
+        # What nodes report (one lost, a run begun again) is printed by a thread of Ray's that knows no other place.
+        ray._private.worker.print_to_stdstream = lambda data, **_: logger.warning("\n".join(data["lines"]))
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)
 

@@ -79,7 +79,7 @@ def test_runs_of_a_shared_folder_are_made_in_it(stub, tmp_path, nodes):
 def test_without_a_shared_folder_each_run_comes_back_whole(stub, tmp_path, nodes, apart):
     """The base is measured by the first run, reaches the user before that run ends, and then the others."""
     folder = tmp_path / "runs"
-    words = ["--sizes", "128", "256", "512", "-p", "base_after", "0", "-p", "sleep", "9", "-p", "fail_at", "512"]
+    words = ["--sizes", "128", "256", "512", "-p", "base_after", "0", "-p", "sleep", "20", "-p", "fail_at", "512"]
     outcome = made(stub, folder, *words, "--ray", nodes.address, *EACH)
     assert (sorted(outcome.finished), list(outcome.failed)) == (["n128", "n256"], ["n512"])
     assert outcome.failed["n512"].startswith("ValueError: loss is nan with n=512 (on ")
@@ -102,7 +102,7 @@ def test_without_a_shared_folder_each_run_comes_back_whole(stub, tmp_path, nodes
     assert f'runs_dir = "{folder}"' in "".join(cell.source for cell in nbformat.read(folder / "n128.ipynb", 4).cells)
     assert not list(Path("/tmp").glob(f"{cluster.SCRATCH}*"))
 
-    again = made(stub, folder, *words[:-2], "--ray", nodes.address, *EACH)
+    again = made(stub, folder, *words[:-3], "--ray", nodes.address, *EACH)
     assert (again.kept, again.finished) == (["n128", "n256"], ["n512"])
     assert visits(folder / "n512") == 1, "the failed run was replaced"
     assert sorted(path.name for path in folder.glob("n512*")) == ["n512", "n512.ipynb"]
@@ -170,7 +170,7 @@ def test_a_node_that_dies_in_the_middle_of_a_run(stub, tmp_path, nodes, where):
         study.kill()
         nodes.remove_node(spare)
     assert study.returncode == 0, said
-    assert "raylet" not in said and "retried" in (folder / "ray.log").read_text()
+    assert "retried" not in said and "retried" in (folder / "ray.log").read_text()
     assert not alive(kernel)
     assert json.loads((folder / "n128/summary.json").read_text())["status"] == "finished"
     assert visits(folder / "n128") == (2 if where == "shared" else 1)
