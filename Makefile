@@ -47,7 +47,7 @@ lock:  ## the lock file from pyproject.toml: versions stay where they fit (UPGRA
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq $(UV)
 	@# Wheels only: what pip would build itself could bring in more than the lock names.
-	UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip compile -q pyproject.toml --extra cpu --extra dev --output-file $(LOCK) \
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip compile -q pyproject.toml --no-sources --extra cpu --extra dev --output-file $(LOCK) \
 		$$($(PIP_FINDS_TORCH) || echo --torch-backend=cpu) --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
 		--generate-hashes --only-binary :all: --emit-build-options $(UNNEEDED:%=--no-emit-package=%) $(UPGRADE) \
 		--custom-compile-command 'make lock  # for CPython 3.11 on Linux x86_64'

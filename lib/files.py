@@ -1,9 +1,11 @@
 """Errors, paths, text, JSON and JSONL: what every room reads and writes with."""
 
+import contextlib
 import gzip
 import json
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,15 +123,15 @@ def write_json(path: Path, value: object) -> None:
     _write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Whether the run of this folder came to its end: `summary.json` is written last."""
-    return read_json(run_dir / "summary.json").get("status") == "finished"
-
-
 def _write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run of this folder came to its end: `summary.json` is written last."""
+    return read_json(run_dir / "summary.json").get("status") == "finished"
 
 
 # --- JSONL ---------------------------------------------------------------------------------------------------------
@@ -178,3 +180,22 @@ def append_lines(path: Path, rows: list[dict]) -> None:
 
 def _lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+# --- Folders -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well, and is gone when it does not.
+
+    UserError where `folder` holds something already.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{shorten_path(folder)} exists and is not an empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        inside = Path(temporary) / folder.name
+        inside.mkdir()
+        yield inside
+        inside.replace(folder)

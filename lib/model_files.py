@@ -6,7 +6,6 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from lib.files import UserError, first_line, read_json, refuse_signature, shorten_path
@@ -133,5 +132,7 @@ def hub_commit(model: str, revision: str | None = None) -> str | None:
     """The commit that the cache holds of a hub model, without a connection; None for a folder or an empty cache."""
     if Path(model).is_dir():
         return None
+    from huggingface_hub import try_to_load_from_cache  # late: it imports tqdm, which warns (see `check_model`)
+
     found = try_to_load_from_cache(model, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None

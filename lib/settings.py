@@ -105,7 +105,9 @@ class RunConfig(BaseModel):
     exclude_contaminated: bool = parameter(False, "leave out problems that have a near duplicate among the traces")
     n_val: Count = parameter(None, "problems evaluated while training, stratified by subject and level")
     n_val_final: Count | None = parameter(None, "problems evaluated at the start and the end; None: all")
-    eval_interval: Count | None = parameter(None, "optimizer steps between evaluations; None: five evaluations a run")
+    eval_interval: Count | None = parameter(
+        None, "optimizer steps between evaluations; None: 1, 2, 5, 10, 20, 40, 70, 100 % of a run"
+    )
     samples_per_problem: Count = parameter(1, "sampled responses a problem at the start and the end")
     temperature: NotNegative = parameter(1.0, "of sampling")
     top_p: Share = parameter(1.0, "of sampling")
@@ -140,12 +142,12 @@ class RunConfig(BaseModel):
     overwrite: bool = parameter(False, "replace a finished run of this name")
     resume: bool = parameter(True, "go on with a stopped run of this name from its last checkpoint")
     checkpoint_interval: CountOrZero | None = parameter(
-        None, "optimizer steps between checkpoints, 0 for none; None: at evaluations, as time allows"
+        None, "steps between checkpoints, 0: none; None: every 10 min and at evaluations, if cheap"
     )
     keep_checkpoint: bool = parameter(False, "keep the last checkpoint of a finished run")
     keep_model: bool = parameter(False, "save the trained model in the run's folder")
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = parameter(
-        "auto", '"online", "offline", "disabled"; "auto": online if logged in, otherwise offline'
+        "auto", '"online", "offline", "disabled"; "auto": as WANDB_MODE says, else online if logged in'
     )
     wandb_project: str = parameter("sft-math", "wandb project")
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from lib.files import PROJECT_ROOT, read_lines
-from lib.report.numbers import load
+from lib.report.load import load
 
 pytestmark = pytest.mark.faults
 NOTEBOOK = PROJECT_ROOT / "notebooks/train.ipynb"
@@ -63,7 +63,7 @@ def start(run_dir: Path, cell: str = "", **settings) -> Started:
     """Run the notebook into `run_dir`, with a cell of Python added before the training loop."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     if cell:
-        place = next(i for i, c in enumerate(notebook.cells) if "for metrics in train(run)" in c.source)
+        place = next(i for i, c in enumerate(notebook.cells) if "in training_steps(run)" in c.source)
         notebook.cells.insert(place, nbformat.v4.new_code_cell(cell))
     path = run_dir.with_suffix(".input.ipynb")
     nbformat.write(notebook, path)
@@ -290,13 +290,13 @@ llm.enqueue = slow
 DEAD_ENGINE = """
 from vllm.v1.engine.exceptions import EngineDeadError
 engine = run.engine.replicas[0].server.llm.llm_engine
-step, count = engine.step, 0
+vllm_step, count = engine.step, 0
 def step_until_dead():
     global count
     count += 1
     if count == 150:
         raise EngineDeadError()
-    return step()
+    return vllm_step()
 engine.step = step_until_dead
 """
 
@@ -313,13 +313,13 @@ def test_engine_dies_during_generation(folder, report):
 HUNG_ENGINE = """
 import threading
 engine = run.engine.replicas[0].server.llm.llm_engine
-step, count = engine.step, 0
+vllm_step, count = engine.step, 0
 def step_until_hung():
     global count
     count += 1
     if count == 150:
         threading.Event().wait()  # for ever
-    return step()
+    return vllm_step()
 engine.step = step_until_hung
 """
 
@@ -341,7 +341,7 @@ from lib.grading import grade_in_detail as grade
 def hunt(stop):
     while not stop.is_set():
         for child in psutil.Process().children(recursive=True):
-            if "multiprocessing" in " ".join(child.cmdline()) and "resource_tracker" not in " ".join(child.cmdline()):
+            if "prover.py" in " ".join(child.cmdline()):
                 child.kill()
                 stop.set()
         time.sleep(0.001)
@@ -352,7 +352,7 @@ def grade_while_hunted(responses, golds):
     thread.start()
     probe = grade(["so. </think> <answer>1+x^2</answer>"] * 3, ["x^2+1", "x^2+2", "1+x^2"])
     stop.set(); thread.join()
-    assert [p.correct for p in probe] == [True, False, True], probe
+    assert [(p.correct, p.undecided) for p in probe] == [(True, False), (False, False), (True, False)], probe
     print("workers killed, verdicts right")
     return grade(responses, golds)
 evaluate.grade_in_detail = grade_while_hunted
@@ -387,16 +387,13 @@ def test_wandb_dies_in_the_middle(folder, report):
 
 
 NAN = """
-import torch
-from lib.run import life_cycle as running
-steps = running.train_steps
-def steps_with_nan(policy, *arguments):
-    for metrics in steps(policy, *arguments):
-        yield metrics
-        if metrics["train_step"] == 7:
-            with torch.no_grad():
-                policy.model.norm.weight[0] = float("nan")
-running.train_steps = steps_with_nan
+recorded = record
+def record(run, step):
+    metrics = recorded(run, step)
+    if step.number == 7:
+        with torch.no_grad():
+            run.policy.model.norm.weight[0] = float("nan")
+    return metrics
 """
 
 
@@ -410,16 +407,13 @@ def test_loss_not_a_number(folder, report):
 
 
 OUT_OF_MEMORY = """
-import torch
-from lib.training import steps as training
-backward, count = training.backward, 0
-def too_large(*arguments):
+fitting, count = backward, 0
+def backward(*arguments):
     global count
     count += 1
     if count == 6:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-    return backward(*arguments)
-training.backward = too_large
+    return fitting(*arguments)
 """
 
 
@@ -449,10 +443,10 @@ def test_second_process_on_a_run(folder, report):
 
 FAILED_PART = """
 engine = run.engine.replicas[0].server.llm.llm_engine
-step, failed = engine.step, 0
+vllm_step, failed = engine.step, 0
 def step_with_failures():
     global failed
-    outputs = step()
+    outputs = vllm_step()
     for response in (output.outputs[0] for output in outputs if output.finished):
         if len(run.tracker.metrics) == {step} and response.logprobs is None and failed < 3:
             response.finish_reason, failed = "abort", failed + 1

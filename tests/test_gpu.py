@@ -24,7 +24,7 @@ from lib.settings import resolve
 from lib.training import checkpoint
 from lib.training.attention import _attend_at_once, _attend_in_turn, make_packing
 from lib.training.batching import encode, make_batches, make_microbatches
-from lib.training.policy import backward, load_policy, load_tokenizer
+from lib.training.policy import backward, forward, load_policy, load_tokenizer
 from lib.training.steps import make_optimizer, train_steps
 
 ROOT = Path(__file__).parents[1]
@@ -219,7 +219,9 @@ def test_a_compiled_step_on_the_gpu_equals_the_one_on_the_cpu():
         policy = load_policy(MODEL, device)
         sums = torch.zeros(2)
         for microbatch in make_microbatches(sequences, 2000):
-            sums += torch.stack(backward(policy, microbatch.to(device), 1000.0, precision)).cpu()
+            microbatch = microbatch.to(device)
+            states = forward(policy, microbatch, precision)
+            sums += torch.stack(backward(policy, states, microbatch, 1000.0, precision)).cpu()
         seen[device] = sums, torch.cat([p.grad.flatten().cpu() for p in policy.parameters()])
     (ours, gradient), (expected, reference) = seen["cuda:0"], seen["cpu"]
     torch.testing.assert_close(ours, expected, rtol=0.01, atol=0.0)
@@ -239,19 +241,19 @@ def test_a_resumed_run_ends_as_the_same_settings_do_twice(tmp_path, parameters):
 
     def losses(stop: int | None = None) -> list[float]:
         policy = load_policy(MODEL, "cuda:0")
-        models = policy, *make_optimizer(policy, config, len(batches))
-        seen = []
-        for metrics in train_steps(*models, batches, config, len(examples)):
+        optimizer, seen = make_optimizer(policy), []
+        for metrics in train_steps(policy, optimizer, batches, config.optimization, len(examples)):
             seen.append(metrics["loss"])
             if len(seen) == stop:
-                checkpoint.save(tmp_path, stop, *models, "cuda:0", {"train_step": stop})
+                checkpoint.save(tmp_path, stop, policy, optimizer, {"train_step": stop})
                 break
         if stop is None:
             return seen
         policy = load_policy(MODEL, "cuda:0")
-        models = policy, *make_optimizer(policy, config, len(batches))
-        checkpoint.restore(checkpoint.latest(tmp_path), *models, "cuda:0")
-        return seen + [m["loss"] for m in train_steps(*models, batches, config, len(examples), done=stop)]
+        optimizer = make_optimizer(policy)
+        checkpoint.restore(checkpoint.latest(tmp_path), policy, optimizer)
+        rest = train_steps(policy, optimizer, batches, config.optimization, len(examples), done=stop)
+        return seen + [m["loss"] for m in rest]
 
     first, again, resumed = losses(), losses(), losses(stop=4)
     noise = max(abs(a - b) for a, b in zip(first, again, strict=True))

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from lib import settings as configs
 from lib.files import PROJECT_ROOT, UserError
-from lib.run.life_cycle import prepare
+from lib.run.prepare import prepare
 from lib.settings import PARAMETERS, PROFILES, Optimization, RunConfig, resolve
 
 

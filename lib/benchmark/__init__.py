@@ -1,1 +1,1 @@
-"""The benchmark: what is measured, and how it is shown."""
+"""The benchmark: what it measures (rows, training, evaluation), in processes of its own, and how it is shown."""

@@ -90,12 +90,6 @@ def _record(problem: Problem, sample: int, generation: Generation, grade: Grade)
     }
 
 
-def parts(greedy: str, final: bool) -> list[tuple[str, str]]:
-    """(split, decoding) of the lines that an evaluation writes; `final`: at the start and at the end of a run."""
-    decodings = ["sampled", "greedy"] if greedy == "always" or (greedy == "final" and final) else ["sampled"]
-    return [(split, decoding) for decoding in decodings for split in (("full", "subset") if final else ("subset",))]
-
-
 def verdict(grade: Grade, generation: Generation) -> str:
     """Keep apart what an accuracy mixes: a wrong answer, an ended response without one, and a response cut off."""
     if generation.finish_reason == FAILED:

@@ -1,438 +1,230 @@
-"""Reads a folder of runs back and computes the report's numbers: tables, intervals, paired tests.
+"""The report's numbers: a study in, tables out (pandas). Intervals and tests are in statistics.py."""
 
-The truth is in the files that the runs wrote (config.json, metrics.jsonl, evaluations.jsonl, evaluations/*.jsonl.gz,
-summary.json, failed.json). Pictures are in figures.py, tables as text in tables.py, sentences in
-sentences.py; this file draws and says nothing.
-"""
-
-import json
-import re
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, bootstrap, fisher_exact
 
-from lib.files import PROJECT_ROOT, UserError, read_lines
-from lib.settings import default_run_name
+from lib.evaluation.verdicts import VERDICTS
+from lib.files import read_json, read_lines
+from lib.report.load import SIZES, RunFolder, Study, answers, cells, final_lines, records, shown_path
+from lib.report.statistics import (
+    LEVEL,
+    Estimate,
+    holm,
+    mean_share,
+    paired_difference,
+    share_from_counts,
+    split,
+    trend,
+)
 
-SIZES = ("n128", "n256", "n512", "n1024", "full", "filtered")
-VERDICTS = ("correct", "wrong", "no_answer", "truncated")
 # What may differ between the runs of one study: what the study varies, and where a run was kept.
 OWN_PARAMETERS = {"n", "filtered", "seed", "run_name", "runs_dir"}
-RESAMPLES = 2000
-MEASURED = ["examples_seen", "n", *VERDICTS, "accuracy", "format_rate", "mean_tokens"]
-MEASURED += ["mean_tokens_correct", "mean_tokens_incorrect", "mean_token_entropy"]
+SHARES = {"accuracy": "correct", "format_rate": "format", "lenient_accuracy": "lenient"}  # a line's key: a record's
+MEASURED = ["examples_seen", "n", *VERDICTS, *SHARES, "mean_tokens"]
+FILTER_PAIRS = (("full", "filtered"), ("full", "control"), ("control", "filtered"))
 
 
-# --- Loading -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run's folder as read back; `status` is "finished", "failed" or "unfinished"."""
-
-    name: str
-    size: str
-    seed: int
-    status: str
-    reason: str
-    folder: Path
-    parameters: dict
-    environment: dict
-    data: dict
-    summary: dict
-
-
-@dataclass(frozen=True)
-class Study:
-    """A folder of runs: the runs, one row a training step (`metrics`), one row an evaluation (`evaluations`)."""
-
-    folder: Path
-    runs: list[Run]
-    metrics: pd.DataFrame
-    evaluations: pd.DataFrame
-    incomplete: list[tuple[str, int, int, int]]  # evaluations left out: run, train_step, answers counted, of how many
-    doubles: list[tuple[str, str]]  # runs left out, and which run of the same size and seed stands for them
-
-    @property
-    def finished(self) -> list[Run]:
-        return [run for run in self.runs if run.status == "finished"]
-
-    @property
-    def sizes(self) -> list[str]:
-        """The sizes with at least one finished run, smallest first, filtered sets last."""
-        return list(dict.fromkeys(run.size for run in self.finished))
-
-    def of_size(self, size: str) -> list[Run]:
-        return [run for run in self.finished if run.size == size]
-
-
-def load(runs_dir) -> Study:
-    """Every run directly under `runs_dir` (relative to the project's root). UserError where none is finished."""
-    folder = PROJECT_ROOT / Path(runs_dir).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"runs_dir: there is no folder {shown_path(folder)}")
-    runs = [read_run(child) for child in sorted(folder.iterdir()) if is_run(child)]
-    if not runs:
-        raise UserError(
-            f"runs_dir: {shown_path(folder)} holds no run; make one with notebooks/train.ipynb or lib.study"
-        )
-    if not any(run.status == "finished" for run in runs):
-        states = "; ".join(
-            f"{run.name} {f'failed ({run.reason})' if run.reason else 'is not finished'}" for run in runs
-        )
-        raise UserError(f"runs_dir: no run in {shown_path(folder)} is finished: {states}")
-    runs.sort(key=lambda run: (run.parameters.get("filtered", False), run.data.get("selected", 0), run.size, run.seed))
-    runs, doubles = one_for_each(runs)
-    metrics = [row for run in runs for row in with_run(read_lines(run.folder / "metrics.jsonl"), run)]
-    evaluations = [row for run in runs for row in with_run(read_lines(run.folder / "evaluations.jsonl"), run)]
-    whole = [row for row in evaluations if counted(row) == row["n"]]
-    broken = [
-        (row["run"], row["train_step"], counted(row), row["n"]) for row in evaluations if counted(row) != row["n"]
-    ]
-    return Study(folder, runs, pd.DataFrame(metrics), pd.DataFrame(whole), broken, doubles)
-
-
-def one_for_each(runs: list[Run]) -> tuple[list[Run], list[tuple[str, str]]]:
-    """One run a size and seed, a finished one or else the one with the study's own name; and the others' names."""
-    stands: dict[tuple[str, int], str] = {}
-
-    def rank(run: Run) -> tuple:
-        n, filtered = run.parameters.get("n"), run.parameters.get("filtered", False)
-        return run.status != "finished", run.name != default_run_name(n, filtered, run.seed), run.name
-
-    for run in sorted(runs, key=rank):
-        stands.setdefault((run.size, run.seed), run.name)
-    twins = [(run, stands[run.size, run.seed]) for run in runs]
-    return [run for run, twin in twins if run.name == twin], [(r.name, twin) for r, twin in twins if r.name != twin]
-
-
-def counted(row: dict) -> int:
-    """How many answers of an evaluation have a verdict: fewer than n where a part of it failed."""
-    return sum(row[verdict] for verdict in VERDICTS)
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / "failed.json").is_file()
-
-
-def read_run(folder: Path) -> Run:
-    """A run as far as its files go: one that failed at once has no config, an unfinished one no summary."""
-    config, summary, failed = (read_json(folder / f"{name}.json") for name in ("config", "summary", "failed"))
-    parameters = config.get("parameters", {})
-    status = "finished" if summary else "failed" if failed else "unfinished"
-    reason = first_line(f"{failed.get('type', 'Error')}: {failed.get('error', '')}") if failed and not summary else ""
-    size = size_of(parameters) if parameters else folder.name.partition("-seed")[0]
-    parts = (parameters, config.get("environment", {}), config.get("data", {}), summary)
-    return Run(folder.name, size, parameters.get("seed", 0), status, reason, folder, *parts)
-
-
-def size_of(parameters: dict) -> str:
-    """The name of a run's size, the same for every seed: n128, ..., full, filtered."""
-    n = parameters["n"]
-    if not isinstance(n, int):
-        return "filtered" if parameters.get("filtered") else "full"
-    return f"filtered{n}" if parameters.get("filtered") else f"n{n}"
-
-
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{shown_path(path)}:{error.lineno}: not JSON ({error.msg})") from error
-
-
-def with_run(rows: list[dict], run: Run) -> list[dict]:
-    return [{"run": run.name, "size": run.size, "seed": run.seed, **row} for row in rows]
-
-
-def shown_path(path) -> str:
-    """A path as the report may show it: relative to the project, or its last part only."""
-    path = Path(path)
-    if not path.is_absolute():
-        return str(path)
-    return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else f"…/{path.name}"
-
-
-def first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "").replace(f"{PROJECT_ROOT}/", "")
-
-
-# --- Statistics: every one from scipy ------------------------------------------------------------------------------
-
-
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson's score)."""
-    interval = binomtest(int(correct), int(n)).proportion_ci(method="wilson")
-    return interval.low, interval.high
-
-
-def mcnemar(first, second) -> tuple[int, int, float]:
-    """Exact McNemar test of two boolean arrays (problems,): only first right, only second right, two-sided p."""
-    first, second = np.asarray(first, bool), np.asarray(second, bool)
-    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
-    if only_first + only_second == 0:
-        return 0, 0, 1.0
-    return only_first, only_second, binomtest(only_second, only_first + only_second, 0.5).pvalue
-
-
-def told_apart(one: dict, other: dict) -> bool:
-    """Whether two accuracies on samples of their own (`correct` of `n`) differ at 5 % by Fisher's exact test."""
-    return fisher_exact([[row["correct"], row["n"] - row["correct"]] for row in (one, other)]).pvalue < 0.05
-
-
-def paired_bootstrap(statistic, *samples) -> tuple[float, float, float]:
-    """Value and 95 % percentile interval of `statistic(*samples, axis)`, problems drawn together from all samples."""
-    samples = [np.asarray(sample, float) for sample in samples]
-    value = float(statistic(*samples, axis=-1))
-    if len(samples[0]) < 2:
-        return value, np.nan, np.nan
-    interval = bootstrap(
-        samples,
-        statistic,
-        paired=True,
-        n_resamples=RESAMPLES,
-        batch=200,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return value, float(interval.low), float(interval.high)
-
-
-def difference(first, second, axis):
-    return np.mean(second, axis=axis) - np.mean(first, axis=axis)
-
-
-def form_part(first_format, second_format, first_correct, second_correct, axis):
-    """Share of the accuracy difference that comes from more answers in the right form.
-
-    accuracy = P(format) * P(correct | format), as the reward needs both. The change of a product splits exactly into
-    the change of each factor times the mean of the other (the Shapley split), so no order of the two is preferred.
-    """
-    formats, given = factors(first_format, second_format, first_correct, second_correct, axis)
-    return (formats[1] - formats[0]) * (given[0] + given[1]) / 2
-
-
-def correctness_part(first_format, second_format, first_correct, second_correct, axis):
-    """The other share: answers in the right form are right more often."""
-    formats, given = factors(first_format, second_format, first_correct, second_correct, axis)
-    return (given[1] - given[0]) * (formats[0] + formats[1]) / 2
-
-
-def factors(first_format, second_format, first_correct, second_correct, axis):
-    formats = [np.mean(first_format, axis=axis), np.mean(second_format, axis=axis)]
-    correct = [np.mean(first_correct, axis=axis), np.mean(second_correct, axis=axis)]
-    given = [
-        np.divide(right, form, out=np.zeros_like(right), where=form > 0)
-        for right, form in zip(correct, formats, strict=True)
-    ]
-    return formats, given
-
-
-# --- Tables --------------------------------------------------------------------------------------------------------
+# --- Accuracy ------------------------------------------------------------------------------------------------------
 
 
 def curves(study: Study) -> pd.DataFrame:
-    """Accuracy over training, one row a size and evaluation point: mean over seeds, their spread, a 95 % interval.
-
-    The interval is Wilson's at the mean, over one set of problems: seeds answer the same ones, so they don't narrow it.
-    """
+    """Accuracy over training, one row a size and evaluation point: means over seeds with 95 % intervals."""
     rows = study.evaluations
     rows = rows[(rows["split"] == "subset") & (rows["decoding"] == "sampled")]
-    return over_seeds(rows, ["size", "train_step"], study)
-
-
-def base_rows(study: Study) -> pd.DataFrame:
-    """Zero-shot evaluations (sampled and greedy), one a seed that measured it itself; reused copies are dropped."""
-    rows = study.evaluations
-    rows = rows[rows["train_step"] == 0]
-    full = rows[rows["split"] == "full"]
-    rows = full if len(full[full["decoding"] == "sampled"]) else rows
-    own = rows[rows["reused_from"].isna()] if "reused_from" in rows else rows
-    own = own if len(own) else rows
-    return own.drop_duplicates(["seed", "decoding"]).assign(size="base", run="base")
-
-
-def final_rows(study: Study, decoding: str = "sampled") -> pd.DataFrame:
-    """The base and the last full evaluation of every finished run: one row a size and seed."""
-    rows = study.evaluations
-    names = [run.name for run in study.finished]
-    rows = rows[rows["run"].isin(names) & (rows["split"] == "full") & (rows["train_step"] > 0)]
-    rows = rows.sort_values("train_step").drop_duplicates(["run", "decoding"], keep="last")
-    rows = pd.concat([base_rows(study), rows])
-    order = {size: place for place, size in enumerate(["base", *study.sizes])}
-    return rows[rows["decoding"] == decoding].sort_values(
-        ["size", "seed"], key=lambda column: column.map(order) if column.name == "size" else column
-    )
+    return over_seeds(rows, ["size", "train_step"])
 
 
 def final(study: Study, decoding: str = "sampled") -> pd.DataFrame:
-    """`final_rows` over seeds: one row a size, indexed by it, with the number of examples `selected`."""
-    return over_seeds(final_rows(study, decoding), ["size"], study).set_index("size")
+    """The base and every finished size at its end, indexed by size: `over_seeds` and `selected`, its traces."""
+    table = over_seeds(final_lines(study, decoding), ["size"]).set_index("size")
+    counts = {run.size: run.data.get("selected", np.nan) for run in study.finished}
+    return table.assign(selected=table.index.map({**counts, "base": 0}))
 
 
-def over_seeds(rows: pd.DataFrame, keys: list[str], study: Study) -> pd.DataFrame:
-    """Means over seeds of every measured column, `seeds`, the spread `lowest`..`highest` and Wilson's `low`, `high`."""
-    groups = rows.astype(dict.fromkeys(MEASURED, float)).groupby(keys, sort=False)  # None, where nothing was, is NaN
-    table = groups[MEASURED].mean()
-    table["seeds"] = groups["seed"].nunique()
-    table["lowest"], table["highest"] = groups["accuracy"].min(), groups["accuracy"].max()
-    for name, column in (("", "accuracy"), ("format_", "format_rate")):
-        intervals = [wilson(round(value * n), n) for value, n in zip(table[column], table["n"].round(), strict=True)]
-        table[f"{name}low"], table[f"{name}high"] = zip(*intervals, strict=True) if intervals else ([], [])
-    table = table.reset_index()
-    selected = {run.size: run.data.get("selected", np.nan) for run in study.runs}
-    table["selected"] = table["size"].map({**selected, "base": 0})
-    return table
+def over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Evaluation lines over seeds, one row for each of `keys`.
+
+    Means of every measured column; `seeds`; the accuracy's spread `lowest`..`highest`; `undecided` in all; 95 %
+    intervals of shares: `accuracy_low`, `accuracy_high`, `format_rate_low`, ...; where there are several samples a
+    problem, `pass_at_k` (a problem counts where any is right); the shares of the accuracy's variance that come from
+    seeds and from sampling. NaN is what was not measured.
+    """
+    measured = [*MEASURED, "undecided"]
+    rows = rows.reindex(columns=[*dict.fromkeys([*keys, "seed", "path", *measured])])
+    rows = rows.astype(dict.fromkeys(measured, float))  # None, where nothing was, is NaN
+    table = []
+    for values, group in rows.groupby(keys, sort=False):
+        row = dict(zip(keys, values, strict=True)) | group[MEASURED].mean().to_dict()
+        row |= {"seeds": len(group), "undecided": group["undecided"].sum(min_count=1)}
+        row |= {"lowest": group["accuracy"].min(), "highest": group["accuracy"].max()}
+        for key, column in SHARES.items():
+            found = cells(group, column).to_numpy().T
+            mean = mean_share(found) if found.size else None
+            counted = share_from_counts(group[key].tolist(), row["n"])
+            row[f"{key}_low"], row[f"{key}_high"] = (mean.low, mean.high) if mean else counted
+            if key == "accuracy" and mean:
+                samples = int(records(group["path"].iloc[0])["id"].value_counts().max())
+                row |= {"seed_share": mean.seed_share, **several_samples(found, samples, mean)}
+        table.append(row)
+    names = ["samples", "pass_at_k", "seed_share", "sampling_share"]
+    table = pd.DataFrame(table)
+    return table.reindex(columns=[*dict.fromkeys([*table.columns, *names])])
 
 
-def records(study: Study, run: Run, decoding: str = "sampled", base: bool = False) -> pd.DataFrame:
-    """One row a problem of the run's last full evaluation, or of its zero-shot one; empty where the file is gone."""
-    rows = study.evaluations
-    rows = rows[(rows["run"] == run.name) & (rows["decoding"] == decoding)]
-    rows = rows[rows["train_step"] == 0] if base else rows[(rows["train_step"] > 0) & (rows["split"] == "full")]
-    for row in rows.sort_values(["split", "train_step"], ascending=[True, False]).to_dict("records"):
-        lines = read_lines(run.folder / row["records"])
-        if lines:
-            return pd.DataFrame(lines)
-    return pd.DataFrame(columns=["id", "subject", "level", "response", "tokens", "format", "correct", "verdict"])
+def several_samples(shares: np.ndarray, samples: int, mean: Estimate) -> dict[str, float]:
+    """What several samples a problem show. `shares`: right ones of `samples`, (seeds, problems)."""
+    if samples == 1 or not mean.error:
+        return {"samples": samples}
+    sampling = (shares * (1 - shares) / (samples - 1)).mean() / shares.size  # of the mean's variance
+    return {"samples": samples, "pass_at_k": (shares > 0).mean(), "sampling_share": sampling / mean.error**2}
 
 
-def base_records(study: Study, decoding: str = "sampled") -> pd.DataFrame:
-    """Zero-shot answers from whichever run kept them (the others reuse its evaluation)."""
-    for run in study.runs:
-        table = records(study, run, decoding, base=True)
-        if len(table):
-            return table
-    return table
-
-
-def training_ends(study: Study) -> pd.DataFrame:
-    """Loss and token entropy (nats) at both ends of training, one row a size: the first step and the mean of the last
-    twentieth of the steps, averaged over its finished runs."""
-    rows = []
-    for run in study.finished:
-        steps = study.metrics.loc[study.metrics["run"] == run.name, ["loss", "token_entropy"]]
-        first, last = steps.iloc[0], steps.tail(max(1, len(steps) // 20)).mean()
-        rows.append({"size": run.size, **first.add_suffix("_first"), **last.add_suffix("_last")})
-    return pd.DataFrame(rows).groupby("size", sort=False).mean()
-
-
-def near_the_form(study: Study, size: str) -> tuple[int, int]:
-    """Answers of a size in a wrong form (seeds together) that miss it only by the white space before `<answer>`, and
-    all in a wrong form. The course's reward wants exactly one space there."""
-    tables = [records(study, run) for run in study.of_size(size)]
-    wrong = [text for table in tables for text in table["response"][table["verdict"] == "no_answer"]]
-    return sum(bool(re.search(r"</think>\s*<answer>.*</answer>", text, re.DOTALL)) for text in wrong), len(wrong)
-
-
-def answer_lengths(study: Study) -> dict[str, pd.Series]:
-    """Tokens of every final answer by size, the base's first, seeds together."""
-    tables = {"base": [base_records(study)]} | {
-        size: [records(study, run) for run in study.of_size(size)] for size in study.sizes
-    }
-    joined = {size: pd.concat(rows)["tokens"] for size, rows in tables.items()}
-    return {size: tokens.astype(float) for size, tokens in joined.items() if len(tokens)}
-
-
-def paired(study: Study, first: str, second: str, decoding: str = "sampled") -> pd.DataFrame:
-    """Two sizes' final answers to the same problems, a row a seed and problem: `correct_first`, `correct_second` ..."""
-    tables = []
-    for one in study.of_size(first):
-        for two in study.of_size(second):
-            if one.seed == two.seed:
-                sides = [records(study, run, decoding)[["id", "format", "correct", "verdict"]] for run in (one, two)]
-                tables.append(sides[0].merge(sides[1], on="id", suffixes=("_first", "_second")).assign(seed=one.seed))
-    return pd.concat(tables) if tables else pd.DataFrame()
+# --- Comparisons ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sizes on the same problems. Differences are second minus first: (value, low, high), 95 % paired bootstrap."""
+    """Two sizes on the same problems; every difference is second minus first, of sampled answers but for `greedy`.
+
+    `form` and `correctness`: the parts of the difference in accuracy. `adjusted`: p after Holm's correction within the
+    comparison's family.
+    """
 
     first: str
     second: str
     problems: int
-    seeds: int
-    accuracy: tuple[float, float, float]
-    form: tuple[float, float, float]
-    correctness: tuple[float, float, float]
-    only_first: int
-    only_second: int
-    p_value: float
-    verdicts: pd.DataFrame
+    seeds: tuple[int, int]
+    accuracy: Estimate
+    form: Estimate
+    correctness: Estimate
+    lenient: Estimate | None
+    greedy: Estimate | None
+    adjusted: float = math.nan
 
     @property
     def clear(self) -> bool:
-        """Whether the interval of the accuracy difference leaves out zero."""
-        return self.accuracy[1] > 0 or self.accuracy[2] < 0
+        """The one meaning of 'clear': the adjusted p is below 5 %."""
+        return self.adjusted < LEVEL
+
+    @property
+    def outcome(self) -> str:
+        if self.clear:
+            return "gain" if self.accuracy.value > 0 else "loss"
+        return "alike" if self.accuracy.equivalent else "undecided"
 
 
-def compare(study: Study, first: str, second: str, decoding: str = "sampled") -> Comparison | None:
-    """Paired comparison; None where the two sizes share no seed and problem.
+def comparisons(study: Study) -> dict[tuple[str, str], Comparison]:
+    """Every comparison that the report speaks of, by (first, second): least and most traces and the steps between;
+    the filtered set with the full one and with the control: two families. Those that share no seed and problem are
+    left out."""
+    sizes = study.unfiltered
+    by_n = [(sizes[0], sizes[-1])] if len(sizes) > 1 else []
+    made = {}
+    for family in (dict.fromkeys([*by_n, *pairwise(sizes)]), FILTER_PAIRS):
+        found = [compare(study, *pair) for pair in family if set(pair) <= set(study.sizes)]
+        found = [change for change in found if change]
+        for change, adjusted in zip(found, holm([change.accuracy.p for change in found]), strict=True):
+            made[change.first, change.second] = replace(change, adjusted=float(adjusted))
+    return made
 
-    With several seeds a problem counts once, by its mean over the seeds; McNemar's test and the table of verdicts,
-    which need single answers, are those of the lowest shared seed.
-    """
-    table = paired(study, first, second, decoding)
-    if table.empty:
+
+def compare(study: Study, first: str, second: str) -> Comparison | None:
+    """One comparison, before its p is adjusted; None where the sizes share no seed, or no problem."""
+    arms = shared_cells(study, first, second, "correct")
+    if arms is None:
         return None
-    marks = ["format_first", "format_second", "correct_first", "correct_second"]
-    means = table.assign(**table[marks].astype(float)).groupby("id")[marks].mean()
-    columns = [means[mark].to_numpy() for mark in marks]
-    one = table[table["seed"] == table["seed"].min()]
+    forms = shared_cells(study, first, second, "format")
+    others = (shared_cells(study, first, second, "lenient"), shared_cells(study, first, second, "correct", "greedy"))
     return Comparison(
         first,
         second,
-        len(means),
-        table["seed"].nunique(),
-        paired_bootstrap(difference, *columns[2:]),
-        paired_bootstrap(form_part, *columns),
-        paired_bootstrap(correctness_part, *columns),
-        *mcnemar(one["correct_first"], one["correct_second"]),
-        pd.crosstab(one["verdict_first"], one["verdict_second"])
-        .reindex(VERDICTS, fill_value=0)
-        .reindex(VERDICTS, axis=1, fill_value=0),
+        arms[0].shape[1],
+        (len(arms[0]), len(arms[1])),
+        paired_difference(*arms),
+        *split((forms[0], arms[0]), (forms[1], arms[1])),
+        *(paired_difference(*other) if other else None for other in others),
     )
 
 
-def by_subject_and_level(study: Study, size: str, decoding: str = "sampled") -> pd.DataFrame:
-    """Columns subject, level, n, correct, format of a size's final evaluation, summed over its seeds."""
-    rows = final_rows(study, decoding)
-    groups = [
-        {"subject": key.split("|")[0], "level": key.split("|")[1], **counts}
-        for cells in rows.loc[rows["size"] == size, "by_subject_and_level"]
-        for key, counts in cells.items()
-    ]
-    columns = ["subject", "level", "n", "correct", "format"]
-    return pd.DataFrame(groups, columns=columns).groupby(["subject", "level"], as_index=False).sum()
+def shared_cells(study: Study, first: str, second: str, column: str, decoding: str = "sampled"):
+    """Two arrays (seeds, problems) over the problems that both sizes answered, or None.
+
+    All seeds of both are used; at least one must be the same, as runs of one seed share subset, order and sampling.
+    """
+    lines = final_lines(study, decoding)
+    one, two = (cells(lines[lines["size"] == size], column) for size in (first, second))
+    problems = one.index.intersection(two.index)
+    if not len(problems) or not set(one.columns) & set(two.columns):
+        return None
+    return one.loc[problems].to_numpy().T, two.loc[problems].to_numpy().T
+
+
+def parts_of_filter(changes: dict[tuple[str, str], Comparison]) -> dict[str, Estimate]:
+    """The filtered set's difference and what explains it, by name: form and correctness; fewer and better traces."""
+    whole, fewer, better = (changes.get(pair) for pair in FILTER_PAIRS)
+    parts = {
+        "filtered minus full": whole.accuracy,
+        "by more answers in the right form": whole.form,
+        "by answers in that form being right": whole.correctness,
+        "the same by the lenient reading": whole.lenient,
+        "fewer traces: control minus full": fewer and fewer.accuracy,
+        "better traces: filtered minus control": better and better.accuracy,
+    }
+    return {name: part for name, part in parts.items() if part}
+
+
+def trend_over_n(study: Study) -> Estimate | None:
+    """One model over all unfiltered runs: `statistics.trend`."""
+    lines, tables = final_lines(study), []
+    traces = {run.name: run.data.get("selected") for run in study.finished if run.size in study.unfiltered}
+    for name, path in zip(lines["run"], lines["path"], strict=True):
+        if name in traces:
+            shares = records(path)["correct"].astype(float).groupby(records(path)["id"]).mean()
+            columns = {"n": traces[name], "run": name, "problem": shares.index, "correct": shares.to_numpy()}
+            tables.append(pd.DataFrame(columns))
+    return trend(pd.concat(tables)) if tables else None
+
+
+def transitions(study: Study, first: str, second: str) -> pd.DataFrame:
+    """How many answers (rows: verdicts with the first size, columns: with the second) of runs of the same seed."""
+    sides = [answers(study, size)[["seed", "id", "sample", "verdict"]] for size in (first, second)]
+    table = sides[0].merge(sides[1], on=["seed", "id", "sample"], suffixes=("_first", "_second"))
+    counts = pd.crosstab(table["verdict_first"], table["verdict_second"])
+    return counts.reindex(VERDICTS, fill_value=0).reindex(VERDICTS, axis=1, fill_value=0)
+
+
+# --- Answers -------------------------------------------------------------------------------------------------------
+
+
+def by_subject_and_level(study: Study, size: str) -> pd.DataFrame:
+    """Columns subject, level, n, correct of a size's final answers, over its seeds; empty for data without either."""
+    rows = answers(study, size)[["subject", "level", "correct"]].dropna().astype({"correct": float})
+    return rows.groupby(["subject", "level"])["correct"].agg(n="size", correct="sum").reset_index()
 
 
 def by_level(study: Study) -> pd.DataFrame:
-    """Accuracy of every size (rows) at every level (columns)."""
-    rows = final_rows(study)
-    cells = [
-        {"size": row["size"], "level": level, **counts}
-        for row in rows.to_dict("records")
-        for level, counts in row["by_level"].items()
-    ]
-    sums = pd.DataFrame(cells).groupby(["size", "level"])[["correct", "n"]].sum()
-    return (sums["correct"] / sums["n"]).unstack("level").reindex(rows["size"].unique())
+    """Accuracy of every size (rows) at every level (columns); empty for data without levels."""
+    tables = {size: answers(study, size).dropna(subset="level") for size in ["base", *study.sizes]}
+    shares = {
+        size: rows["correct"].astype(float).groupby(rows["level"]).mean() for size, rows in tables.items() if len(rows)
+    }
+    return pd.DataFrame(shares).T.sort_index(axis=1)
+
+
+# --- Runs ----------------------------------------------------------------------------------------------------------
 
 
 def examples(study: Study) -> pd.DataFrame:
-    """What each finished size was trained on: traces, distinct problems, right form, right answer, epochs, steps."""
+    """What each finished size was trained on: traces, distinct problems, right form, right answer, steps, epochs."""
+    names = ("selected", "selected_problems", "selected_correct_form", "selected_correct", "train_steps")
     rows = []
-    for size in study.sizes:
-        run = study.of_size(size)[0]
-        names = ("selected", "selected_problems", "selected_correct_form", "selected_correct", "train_steps")
-        rows.append(
-            {"size": size, **{name: run.data.get(name) for name in names}, "epochs": run.parameters.get("epochs")}
-        )
+    for run in (study.of_size(size)[0] for size in study.sizes):
+        values = {name: run.data.get(name) for name in names}
+        rows.append({"size": run.size, **values, "epochs": run.parameters.get("epochs")})
     return pd.DataFrame(rows).set_index("size")
 
 
@@ -441,29 +233,25 @@ def costs(study: Study) -> pd.DataFrame:
 
     `evaluation` holds the base's (where the run measured it itself) and the sending of weights; `other` is the rest.
     """
-    rows = []
-    for run in study.finished:
-        devices = {run.environment.get("train_device", "cpu"), run.environment.get("eval_device", "cpu")}
-        seconds = run.summary["seconds"]
-        stages = {stage: seconds.get(stage, 0.0) for stage in ("setup", "engine_start", "train")}
-        stages["evaluation"] = seconds.get("evaluate", 0.0) + seconds.get("sync", 0.0)
-        stages["other"] = max(seconds["total"] - sum(stages.values()), 0.0)
-        rows.append(
-            {
-                "run": run.name,
-                "size": run.size,
-                "total": seconds["total"],
-                **stages,
-                "device_hours": len(devices) * seconds["total"] / 3600,
-                "tokens_per_second": run.summary.get("train_tokens_per_second"),
-                "wait_share": run.summary.get("train_wait_share", np.nan),
-                "peak_memory_gib": (run.summary.get("peak_train_memory_bytes") or np.nan) / 2**30,
-            }
-        )
-    return pd.DataFrame(rows)
+    return pd.DataFrame([cost(run) for run in study.finished])
 
 
-# --- What is missing or differs --------------------------------------------------------------------------------------
+def cost(run: RunFolder) -> dict:
+    devices = {run.environment.get("train_device", "cpu"), run.environment.get("eval_device", "cpu")}
+    seconds = run.summary["seconds"]
+    stages = {stage: seconds.get(stage, 0.0) for stage in ("setup", "engine_start", "train")}
+    stages["evaluation"] = seconds.get("evaluate", 0.0) + seconds.get("sync", 0.0)
+    stages["other"] = max(seconds["total"] - sum(stages.values()), 0.0)
+    return {
+        "run": run.name,
+        "size": run.size,
+        "total": seconds["total"],
+        **stages,
+        "device_hours": len(devices) * seconds["total"] / 3600,
+        "tokens_per_second": run.summary.get("train_tokens_per_second"),
+        "wait_share": run.summary.get("train_wait_share", np.nan),
+        "peak_memory_gib": (run.summary.get("peak_train_memory_bytes") or np.nan) / 2**30,
+    }
 
 
 def missing_sizes(study: Study) -> list[str]:
@@ -471,30 +259,30 @@ def missing_sizes(study: Study) -> list[str]:
     return [size for size in SIZES if size not in {run.size for run in study.runs}]
 
 
-def settings(study: Study, part: str) -> pd.DataFrame:
-    """Settings of the finished runs; rows are settings, columns runs. `part`: "parameters" or "environment".
+def settings_by_run(study: Study, part: str) -> pd.DataFrame:
+    """Settings of the finished runs as text; rows are settings, columns runs. `part`: "parameters" or "environment".
 
-    Which of a machine's GPUs a run had is no setting: runs side by side take turns.
+    Which of a machine's GPUs a run had is no setting: runs side by side take turns. Where steps are matched, epochs
+    differ on purpose.
     """
-    table = pd.DataFrame({run.name: flat(getattr(run, part)) for run in study.finished}, dtype=object)
+    table = pd.DataFrame({run.name: flat(getattr(run, part)) for run in study.finished}, dtype=object).map(str)
     devices = table.index.intersection(["train_device", "eval_device"])
-    table.loc[devices] = table.loc[devices].map(lambda device: str(device).partition(":")[0])
-    own = OWN_PARAMETERS | {"git_dirty"} | ({"epochs"} if steps_matched(study) else set())
-    return table.drop(index=own, errors="ignore")
+    table.loc[devices] = table.loc[devices].map(lambda device: device.partition(":")[0])
+    return table.drop(
+        index=OWN_PARAMETERS | {"git_dirty"} | ({"epochs"} if steps_matched(study) else set()), errors="ignore"
+    )
 
 
 def differing(study: Study, part: str) -> pd.DataFrame:
-    """The settings that finished runs don't share."""
-    table = settings(study, part)
-    return table[[len(set(map(str, row))) > 1 for row in table.to_numpy()]]
+    """The rows of `settings_by_run` that finished runs don't share."""
+    table = settings_by_run(study, part)
+    return table[table.nunique(axis=1) > 1]
 
 
-def shared(study: Study, part: str) -> dict:
+def shared(study: Study, part: str) -> pd.Series:
     """The settings that all finished runs share."""
-    table = settings(study, part)
-    return {
-        name: row[0] for name, row in zip(table.index, table.to_numpy(), strict=True) if len(set(map(str, row))) == 1
-    }
+    table = settings_by_run(study, part)
+    return table[table.nunique(axis=1) == 1].iloc[:, 0]
 
 
 def steps_matched(study: Study) -> bool:
@@ -508,14 +296,8 @@ def flat(settings: dict) -> dict:
     folded = {}
     for name, value in settings.items():
         folded.update(value if isinstance(value, dict) else {name: value})
-    return {name: shown_path(value) if is_path(value) else value for name, value in folded.items()}
-
-
-def is_path(value) -> bool:
-    return isinstance(value, str) and value.startswith("/")
-
-
-# --- Tuning ----------------------------------------------------------------------------------------------------------
+    is_path = {name: isinstance(value, str) and value.startswith("/") for name, value in folded.items()}
+    return {name: shown_path(value) if is_path[name] else value for name, value in folded.items()}
 
 
 def tuning(study: Study) -> tuple[pd.DataFrame, dict]:

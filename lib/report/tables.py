@@ -1,32 +1,69 @@
 """The report's tables as Markdown, the answers side by side as HTML, numbers and names as text."""
 
 import html
+import re
 
 import pandas as pd
 
-from lib.report import numbers as report
-from lib.report.numbers import Comparison, Study, shown_path
+from lib.evaluation.verdicts import VERDICT_WORDS
+from lib.files import read_lines
+from lib.report import numbers
+from lib.report.load import Study, final_lines, shown_path
+from lib.report.numbers import Comparison
+from lib.report.statistics import Estimate
 
-# By others, passed on with the task without a source, on the 1767-row file with its duplicates: Qwen2.5-Math-1.5B, 5000
-# validation problems, temperature 1.0, top-p 1.0, 1024 new tokens, lr 4e-5 cosine, 5 epochs, batch 16 x 4; without
-# intervals or seeds. Not measured in this project.
-PUBLISHED = {
-    "base": {"n": 0, "accuracy": 0.027, "format_rate": 0.17},
-    "full": {"n": 1767, "accuracy": 0.410, "format_rate": 0.76},
-    "filtered": {"n": 1408, "accuracy": 0.502, "format_rate": 0.99},
+# Others' results with Qwen2.5-Math-1.5B on this experiment (5000 problems, T = 1, top-p 1, 1024 new tokens): one seed
+# each and no intervals. `n` counts rows of the course's file with its duplicates.
+PUBLISHED = (
+    {
+        "source": "sandrewxu/cs336-assignment5-alignment",
+        "settings": "1 epoch, learning rate 1e-4, batches of 64",
+        "mark": "+",
+        "points": {  # n, accuracy, right form
+            "base": (0, 0.0276, 0.1698),
+            "n128": (128, 0.1666, 0.8562),
+            "n256": (256, 0.2522, 0.7698),
+            "n512": (512, 0.3590, 0.8162),
+            "n1024": (1024, 0.3290, 0.8328),
+            "full": (1767, 0.3450, 0.8190),
+            "filtered": (1408, 0.3816, 0.9928),
+        },
+    },
+    {
+        "source": "zifanwangsteven",
+        "settings": "5 epochs, learning rate 4e-5 with cosine decay, batches of 64",
+        "mark": "x",
+        "points": {"base": (0, 0.027, None), "full": (1767, 0.410, None), "filtered": (1408, 0.502, None)},
+    },
+)
+PUBLISHED_MODEL = re.compile(r"(^|/|--)qwen2\.5-math-1\.5b(/|$)", re.IGNORECASE)  # not ...-Instruct
+
+NAMES = {
+    "base": "the zero-shot base",
+    "full": "the full set",
+    "control": "the control",
+    "filtered": "the filtered set",
 }
-VERDICT_WORDS = {"correct": "correct", "wrong": "wrong answer", "no_answer": "wrong form", "truncated": "cut off"}
+OUTCOMES = {
+    "gain": "a clear gain",
+    "loss": "a clear loss",
+    "alike": "alike within 2 points",
+    "undecided": "undecided",
+}
 
 
 # --- Numbers and names as text -------------------------------------------------------------------------------------
 
 
 def percent(value: float, digits: int = 1) -> str:
-    return f"{value * 100:.{digits}f} %"
+    return "–" if pd.isna(value) else f"{value * 100:.{digits}f} %"
 
 
-def with_interval(value: float, low: float, high: float) -> str:
-    return f"{value * 100:.1f} % ({low * 100:.1f}–{high * 100:.1f})"
+def with_interval(row: pd.Series, key: str = "accuracy") -> str:
+    """A share of `numbers.final` with its interval."""
+    if pd.isna(row[key]):
+        return "–"
+    return f"{row[key] * 100:.1f} % ({row[f'{key}_low'] * 100:.1f}–{row[f'{key}_high'] * 100:.1f})"
 
 
 def signed(value: float) -> str:
@@ -34,8 +71,11 @@ def signed(value: float) -> str:
     return f"{value * 100:+.1f}".replace("-", "−")
 
 
-def points_interval(difference: tuple[float, float, float]) -> str:
-    return f"95 % interval {signed(difference[1])} to {signed(difference[2])}"
+def points(difference: Estimate | None) -> str:
+    """A difference in percentage points with its interval, for a table."""
+    if difference is None:
+        return "–"
+    return f"{signed(difference.value)} ({signed(difference.low)} to {signed(difference.high)})"
 
 
 def p_text(p: float) -> str:
@@ -51,9 +91,7 @@ def duration(seconds: float) -> str:
 
 def named(size: str) -> str:
     """A size inside a sentence."""
-    if size == "base":
-        return "the zero-shot base"
-    return {"full": "the full set", "filtered": "the filtered set"}.get(size, size.replace("n", "n\u00a0=\u00a0", 1))
+    return NAMES.get(size, size.replace("n", "n\u00a0=\u00a0", 1))
 
 
 def listed(words) -> str:
@@ -75,81 +113,78 @@ def table(rows: pd.DataFrame) -> str:
 # --- Results -------------------------------------------------------------------------------------------------------
 
 
-def profile(study: Study) -> str:
-    return next((run.parameters.get("profile", "") for run in study.runs if run.parameters), "")
-
-
-def published(study: Study) -> dict:
-    """Others' figures, where the runs are of the model and the data that they are for; otherwise nothing."""
-    models = {str(run.parameters.get("model", "")).lower() for run in study.finished}
-    real = profile(study) == "math" and models and all("qwen2.5-math-1.5b" in model for model in models)
-    return PUBLISHED if real else {}
+def published(study: Study) -> tuple:
+    """Others' results, where the runs are of the model and the data that they are for; otherwise nothing."""
+    models = {str(run.parameters.get("model", "")) for run in study.finished}
+    return PUBLISHED if study.profile == "math" and models and all(map(PUBLISHED_MODEL.search, models)) else ()
 
 
 def final_table(study: Study) -> str:
-    """Accuracy and form at the end, a size a row: mean over seeds, their range and number; others' marked as theirs."""
-    sampled, greedy, others = report.final(study), report.final(study, "greedy"), published(study)
-    rows, seeds = [], sampled["seeds"].max()
+    """Accuracy and form at the end, a size a row: means over seeds with intervals; others' marked as theirs."""
+    sampled, greedy, others = numbers.final(study), numbers.final(study, "greedy"), published(study)
+    rows = []
     for size, row in sampled.iterrows():
         shown = {
             "trained on": "nothing (base)" if size == "base" else named(size),
             "traces": f"{row['selected']:.0f}",
-            "problems": f"{row['n']:.0f}",
-            "accuracy (95 %)": with_interval(row["accuracy"], row["low"], row["high"]),
+            "seeds": f"{row['seeds']:.0f}",
+            "accuracy (95 %)": with_interval(row),
             "right form": percent(row["format_rate"]),
-            "greedy accuracy": percent(greedy.loc[size, "accuracy"]) if size in greedy.index else "–",
+            "lenient reading": percent(row["lenient_accuracy"]),
+            "right in any sample": percent(row["pass_at_k"]),
+            "greedy": percent(greedy["accuracy"].get(size)),
+            "variance: training, sampling": f"{percent(row['seed_share'], 0)}, {percent(row['sampling_share'], 0)}",
         }
-        if seeds > 1:
-            shown["over seeds"] = f"{row['lowest'] * 100:.1f}–{row['highest'] * 100:.1f} ({row['seeds']:.0f})"
+        if row["seeds"] > 1:
+            shown["seeds"] += f" ({row['lowest'] * 100:.1f}–{row['highest'] * 100:.1f})"
+        found = [source["points"].get(size) for source in others]
         if others:
-            figure = others.get(size)
-            shown["others' accuracy (form)"] = (
-                f"{percent(figure['accuracy'])} ({percent(figure['format_rate'], 0)})" if figure else "–"
-            )
+            shown["others"] = ", ".join(percent(point[1]) for point in found if point) or "–"
         rows.append(shown)
-    return table(pd.DataFrame(rows))
+    shown = pd.DataFrame(rows)
+    return table(shown.loc[:, ~shown.isin(["–", "–, –"]).all()])
+
+
+def comparison_table(comparisons: dict[tuple[str, str], Comparison]) -> str:
+    """Differences in percentage points on the same problems, second minus first."""
+    rows = [
+        {
+            "from → to": f"{named(first)} → {named(second)}".replace("the ", "").replace(" set", ""),
+            "accuracy (95 %)": points(change.accuracy),
+            "p": p_text(change.accuracy.p).removeprefix("p = ").removeprefix("p "),
+            "p, Holm": p_text(change.adjusted).removeprefix("p = ").removeprefix("p "),
+            "reading": OUTCOMES[change.outcome],
+            "lenient reading": points(change.lenient),
+            "greedy": points(change.greedy),
+        }
+        for (first, second), change in comparisons.items()
+    ]
+    shown = pd.DataFrame(rows)
+    return table(shown.loc[:, (shown != "–").any()])
 
 
 def examples_table(study: Study) -> str:
-    rows = report.examples(study).reset_index()
+    rows = numbers.examples(study).reset_index()
     rows["size"] = rows["size"].map(named)
     rows["epochs"] = rows["epochs"].map("{:g}".format)
-    rows.columns = [
-        "run",
-        "traces",
-        "distinct problems",
-        "in the right form",
-        "with a right answer",
-        "optimizer steps",
-        "epochs",
-    ]
+    names = ["trained on", "traces", "distinct training problems", "in the right form", "with a right answer"]
+    rows.columns = [*names, "optimizer steps", "epochs"]
     return table(rows.astype(object).where(rows.notna(), "–"))
 
 
-def training_table(study: Study) -> str:
-    """Loss and token entropy (nats) at both ends of training."""
-    rows = [
-        {
-            "run": named(size),
-            "loss: first step → mean of the last 5 %": f"{ends['loss_first']:.3f} → {ends['loss_last']:.3f}",
-            "token entropy, likewise": f"{ends['token_entropy_first']:.3f} → {ends['token_entropy_last']:.3f}",
-        }
-        for size, ends in report.training_ends(study).iterrows()
-    ]
-    return table(pd.DataFrame(rows))
+def level_table(study: Study) -> str:
+    levels = numbers.by_level(study)
+    if levels.empty:
+        return "These data have no levels."
+    shown = levels.map(percent).reset_index()
+    shown["index"] = shown["index"].map(named)
+    return table(shown.rename(columns={"index": "accuracy by level"}))
 
 
-def level_table(levels: pd.DataFrame) -> str:
-    """`levels`: the table of `report.by_level`."""
-    shown = levels.map(lambda value: "–" if pd.isna(value) else percent(value)).reset_index()
-    shown["size"] = shown["size"].map(named)
-    return table(shown.rename(columns={"size": "accuracy by level"}))
-
-
-def verdict_table(change: Comparison) -> str:
-    shown = change.verdicts.rename(index=VERDICT_WORDS, columns=VERDICT_WORDS)
-    shown.index = [f"{change.first}: {name}" for name in shown.index]
-    shown.columns = [f"{change.second}: {name}" for name in shown.columns]
+def transition_table(study: Study, first: str, second: str) -> str:
+    shown = numbers.transitions(study, first, second).rename(index=VERDICT_WORDS, columns=VERDICT_WORDS)
+    shown.index = [f"{first}: {name}" for name in shown.index]
+    shown.columns = [f"{second}: {name}" for name in shown.columns]
     return table(shown.reset_index(names="answers"))
 
 
@@ -162,9 +197,10 @@ def side_by_side(study: Study, number: int, length: int = 700) -> str:
     Only what the models wrote and the problems' ids are shown, never a problem's text: runs on MATH are committed.
     """
     sizes = [size for size in ("n128", "full", "filtered") if study.of_size(size)] or study.sizes[-1:]
-    answers = {"base": report.base_records(study)}
-    answers |= {size: report.records(study, study.of_size(size)[0]) for size in sizes}
-    answers = {size: rows.set_index("id") for size, rows in answers.items() if len(rows)}
+    lines = final_lines(study).drop_duplicates("size").set_index("size")
+    paths = {size: lines.loc[size, "path"] for size in ["base", *sizes] if size in lines.index}
+    answers = {size: pd.DataFrame(read_lines(path)) for size, path in paths.items()}
+    answers = {size: rows.drop_duplicates("id").set_index("id") for size, rows in answers.items() if "response" in rows}
     if not answers:
         return "<p>No run kept its answers.</p>"
     verdicts = pd.concat([rows["verdict"].rename(size) for size, rows in answers.items()], axis=1, join="inner")
@@ -187,7 +223,7 @@ def chosen(verdicts: pd.DataFrame, number: int) -> list[str]:
 def answer_rows(name: str, answers: dict[str, pd.DataFrame], length: int) -> str:
     """Two rows of HTML: which problem, and each model's answer to it."""
     problem = next(iter(answers.values())).loc[name]
-    place = html.escape(f" · {problem['subject']} · {problem['level']}")
+    place = html.escape("".join(f" · {value}" for value in problem[["subject", "level"]].dropna()))
     cells = "".join(answer_cell(rows.loc[name], length) for rows in answers.values())
     head = f"<td colspan='{len(answers)}' style='text-align:left'><b>{html.escape(name)}</b>{place}</td>"
     return f"<tr>{head}</tr><tr>{cells}</tr>"
@@ -210,41 +246,45 @@ def answer_cell(row: pd.Series, length: int) -> str:
 
 
 def cost_table(study: Study) -> str:
-    rows = report.costs(study)
-    waits = rows["wait_share"].map(lambda share: "–" if pd.isna(share) else f"{share:.1%}")
+    """A size a row: means over its runs, device-hours of all of them together."""
+    runs = numbers.costs(study).drop(columns="run").groupby("size", sort=False)
+    rows, count, hours = runs.mean(), runs.size(), runs["device_hours"].sum()
     shown = {
-        "run": rows["run"],
-        "total": rows["total"].map(duration),
+        "trained on": rows.index.map(named),
+        "runs": count,
+        "a run": rows["total"].map(duration),
         "engine start": rows["engine_start"].map(duration),
         "training": rows["train"].map(duration),
         "evaluation": rows["evaluation"].map(duration),
-        "device-hours": rows["device_hours"].map("{:.3f}".format),
+        "device-hours, all": hours.map("{:.3f}".format),
         "tokens/s, first step included": rows["tokens_per_second"].map("{:.0f}".format),
-        "training waits (share of its time)": waits,
+        "training waits (share of its time)": rows["wait_share"].map(percent),
         "peak training memory": rows["peak_memory_gib"].map(lambda gib: "–" if pd.isna(gib) else f"{gib:.1f} GiB"),
     }
     return table(pd.DataFrame(shown))
 
 
 def runs_table(study: Study) -> str:
-    rows = [
-        {
-            "run": run.name,
-            "status": run.status,
-            "seed": run.seed,
-            "commit": str(run.environment.get("git_commit") or "–")[:10]
-            + (" + changes" if run.environment.get("git_dirty") else ""),
-            "template": shown_path(run.data.get("template", "–")),
-            "validation problems": run.data.get("validation", "–"),
-        }
-        for run in study.runs
-    ]
+    """A size a row: what became of its runs, and what they were made from."""
+    rows = []
+    for size in dict.fromkeys(run.size for run in study.runs):
+        runs = [run for run in study.runs if run.size == size]
+        commits = {str(run.environment.get("git_commit") or "–")[:10] for run in runs}
+        rows.append(
+            {
+                "trained on": named(size),
+                "seeds": ", ".join(f"{run.seed}" + f" ({run.status})" * (run.status != "finished") for run in runs),
+                "commit": listed(sorted(commits)),
+                "template": listed(sorted({shown_path(run.data.get("template", "–")) for run in runs})),
+                "validation problems": listed(sorted({str(run.data.get("validation", "–")) for run in runs})),
+            }
+        )
     return table(pd.DataFrame(rows))
 
 
 def settings_table(study: Study) -> str:
     """What every finished run shares: settings beside versions and machine."""
-    columns = [list(report.shared(study, part).items()) for part in ("parameters", "environment")]
+    columns = [list(numbers.shared(study, part).items()) for part in ("parameters", "environment")]
     rows = []
     for place in range(max(map(len, columns))):
         cells = [f"`{part[place][0]}` {part[place][1]}" if place < len(part) else "" for part in columns]

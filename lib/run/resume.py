@@ -1,12 +1,13 @@
 """What a stopped run left: which of it counts, and whether this run may go on with it."""
 
 import hashlib
+import itertools
 import json
 import time
 from pathlib import Path
 
-from lib.evaluation.evaluate import parts
-from lib.files import UserError, read_lines, shorten_path
+from lib.files import UserError, read_json, read_lines, shorten_path
+from lib.run.run import samplings_of
 from lib.run.tracker import Past
 from lib.settings import RunConfig, changed_settings
 from lib.training import checkpoint
@@ -18,8 +19,8 @@ def read_past(config: RunConfig, batches: list[list[Sequence]], found: Path) -> 
 
     An evaluation counts only if it is complete. UserError where the stopped run had other settings or other data.
     """
-    folder = shorten_path(str(config.run_dir))
-    written = json.loads((config.run_dir / "config.json").read_text(encoding="utf-8"))
+    folder = shorten_path(config.run_dir)
+    written = read_json(config.run_dir / "config.json")
     changed = changed_settings(written["parameters"], config.to_dict())
     state = checkpoint.read_state(found)
     if state["data"] != hash_batches(batches):
@@ -39,7 +40,9 @@ def read_past(config: RunConfig, batches: list[list[Sequence]], found: Path) -> 
     evaluations = []
     for at, rows in by_step.items():
         final = at in (0, len(batches))
-        whole = {(row["split"], row["decoding"]) for row in rows} == set(parts(config.greedy, final))
+        splits = ("full", "subset") if final else ("subset",)
+        asked = set(itertools.product(splits, samplings_of(config, final)))
+        whole = {(row["split"], row["decoding"]) for row in rows} == asked
         if at <= step and whole and not (final and any(row.get("failed") for row in rows)):
             evaluations += rows
     resumed = [*written.get("resumed", []), {"train_step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}]

@@ -1,19 +1,15 @@
 """What a run leaves behind: its folder of JSON and JSON-lines files, and the same numbers in wandb."""
 
-import contextlib
-import os
 import secrets
 import shutil
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib.files import UserError, append_lines, shorten_path, write_json, write_lines
 from lib.run import lock as locks
+from lib.run.wandb_copy import WandbCopy
 from lib.settings import RunConfig
-
-WANDB_PATIENCE = 60  # seconds
 
 
 @dataclass(frozen=True)
@@ -29,10 +25,10 @@ class Past:
 
 
 class Tracker:
-    """Writes a run's folder, and wandb beside it (train/* over train_step, eval/* over eval_step).
+    """Writes a run's folder, and wandb's copy of it.
 
     The files are the truth: `config.json` first, `metrics.jsonl` and `evaluations.jsonl` line by line, `summary.json`
-    last, so that its presence means a finished run. A wandb that is missing or unreachable costs its plots only.
+    last, so that its presence means a finished run.
     """
 
     def __init__(self, config: RunConfig, environment: dict, data_sizes: dict, past: Past | None = None):
@@ -42,8 +38,6 @@ class Tracker:
         self.evaluations = list(past.evaluations) if past else []
         self.resumed = list(past.resumed) if past else []
         self.started = time.time() - (past.elapsed if past else 0.0)
-        self.wandb = None
-        self.wandb_note = ""
         if past is None:
             _clear(self.run_dir)
         (self.run_dir / "evaluations").mkdir(parents=True, exist_ok=True)
@@ -54,14 +48,15 @@ class Tracker:
             write_lines(self.run_dir / "metrics.jsonl", self.metrics)
             write_lines(self.run_dir / "evaluations.jsonl", self.evaluations)
             (self.run_dir / "failed.json").unlink(missing_ok=True)
-        self._start_wandb(environment, data_sizes, wandb_id)
+        shown = {**config.to_dict(), "environment": environment, "data": data_sizes}
+        self.wandb = WandbCopy(config.wandb_mode, self.run_dir, wandb_id, config.wandb_project, shown)
 
     def log_train(self, metrics: dict) -> None:
         """Append one optimizer step to `metrics.jsonl` and wandb's train/*."""
         append_lines(self.run_dir / "metrics.jsonl", [metrics])
         self.metrics.append(metrics)
         step = metrics["train_step"]
-        self._log_wandb({"train_step": step} | {f"train/{k}": v for k, v in metrics.items() if k != "train_step"})
+        self.wandb.log({"train_step": step} | {f"train/{k}": v for k, v in metrics.items() if k != "train_step"})
 
     def log_evaluation(self, parts: list[tuple[dict, list[dict] | None]]) -> list[dict]:
         """Write the (summary, records) of one evaluation: records to files of their own, summaries to
@@ -86,7 +81,7 @@ class Tracker:
                 for k, v in line.items()
                 if isinstance(v, int | float) and k not in ("train_step", "eval_step")
             }
-            self._log_wandb({"eval_step": line["eval_step"]} | numbers)
+            self.wandb.log({"eval_step": line["eval_step"]} | numbers)
         return lines
 
     def finish(self, summary: dict) -> dict:
@@ -94,81 +89,16 @@ class Tracker:
         seconds = {"total": time.time() - self.started} | summary.pop("seconds", {})
         result = {"status": "finished", "seconds": seconds, "resumed": self.resumed, **summary}
         write_json(self.run_dir / "summary.json", result)
-        self._finish_wandb(0)
+        self.wandb.finish(0)
         return result
 
     def fail(self, error: BaseException) -> None:
-        """Leave `failed.json` with the error; what was measured so far stays."""
-        with contextlib.suppress(OSError):  # a full disk, which may be the very error
-            write_json(
-                self.run_dir / "failed.json",
-                {"error": str(error), "type": type(error).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S")},
-            )
-        self._finish_wandb(1)
-
-    # wandb: every call is guarded, because a study must not depend on a service.
-
-    def _start_wandb(self, environment: dict, data_sizes: dict, wandb_id: str) -> None:
-        mode = self.config.wandb_mode
-        if mode == "disabled":
-            self.wandb_note = "wandb: disabled"
-            return
+        """Leave `failed.json` with the error; what was measured so far stays. A full disk raises OSError again."""
+        said = {"error": str(error), "type": type(error).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
         try:
-            import wandb
-
-            if mode == "auto":
-                # Chosen before `init`: falling back after a failed start would wait for a time-out.
-                mode = "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_wandb() else "offline"
-            self.wandb = wandb.init(
-                project=self.config.wandb_project,
-                name=self.config.run_name,
-                id=wandb_id,
-                resume="allow",
-                dir=str(self.run_dir),
-                mode=mode,
-                config={**self.config.to_dict(), "environment": environment, "data": data_sizes},
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30),
-            )
-            self.wandb.define_metric("train_step")
-            self.wandb.define_metric("eval_step")
-            self.wandb.define_metric("train/*", step_metric="train_step")
-            self.wandb.define_metric("eval/*", step_metric="eval_step")
-            self.wandb_note = f"wandb: {mode}"
-        except Exception as error:
-            self.wandb = None
-            self.wandb_note = f"wandb: not used ({type(error).__name__}: {str(error).splitlines()[0]})"
-
-    def _log_wandb(self, values: dict) -> None:
-        if self.wandb is None:
-            return
-        try:
-            self.wandb.log(values)
-        except Exception as error:
-            self.wandb = None
-            self.wandb_note = f"wandb: stopped ({type(error).__name__})"
-
-    def _finish_wandb(self, exit_code: int) -> None:
-        """Close wandb, but wait only so long: unreachable, it would go on trying for days."""
-        if self.wandb is None:
-            return
-
-        def close(run) -> None:
-            try:
-                run.finish(exit_code=exit_code)
-            except Exception as error:
-                self.wandb_note = f"wandb: not finished ({type(error).__name__})"
-
-        thread = threading.Thread(target=close, args=[self.wandb], daemon=True)
-        thread.start()
-        thread.join(WANDB_PATIENCE)
-        if thread.is_alive():
-            self.wandb_note = f"wandb: not finished after {WANDB_PATIENCE} s; `wandb sync` can send the rest"
-        self.wandb = None
-
-
-def _netrc_has_wandb() -> bool:
-    netrc = Path.home() / ".netrc"
-    return netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")
+            write_json(self.run_dir / "failed.json", said)
+        finally:
+            self.wandb.finish(1)
 
 
 def _clear(run_dir: Path) -> None:
@@ -180,7 +110,7 @@ def _clear(run_dir: Path) -> None:
     foreign = sorted(p.name for p in run_dir.iterdir() if p.name.removesuffix(".tmp") not in ours)
     if foreign:
         raise UserError(
-            f"run_name={run_dir.name!r}: {shorten_path(str(run_dir))} holds files that no run wrote "
+            f"run_name={run_dir.name!r}: {shorten_path(run_dir)} holds files that no run wrote "
             f"({', '.join(foreign[:3])}); choose another run_name"
         )
     for path in run_dir.iterdir():

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from statsmodels.stats.multitest import multipletests
 
 from lib.files import PROJECT_ROOT, UserError, append_lines, read_json, read_lines, shorten_path, write_json
-from lib.report.numbers import difference, mcnemar, paired_bootstrap
+from lib.report.statistics import holm, paired_difference
 from lib.study.plan import PlannedRun, compare
 
 TUNE_NOTEBOOK = PROJECT_ROOT / "notebooks/tune.ipynb"
@@ -124,14 +123,14 @@ def compare_with_best(best: dict, others: list[dict], folder: Path) -> list[dict
         theirs = read_answers(row, folder)
         if not answers or theirs.keys() != answers.keys():
             continue
-        pair = np.array([(theirs[key], answers[key]) for key in answers], bool).T  # (2, problems)
-        only_other, only_best, p = mcnemar(*pair)
-        lead, low, high = paired_bootstrap(difference, *pair)
-        numbers = {"lead": lead, "lead_low": low, "lead_high": high, "p": p}
+        other, ours = np.array([(theirs[key], answers[key]) for key in answers], float).T  # (problems,) each
+        only_other, only_best = int((other > ours).sum()), int((ours > other).sum())
+        lead = paired_difference(other[None], ours[None])
+        numbers = {"lead": lead.value, "lead_low": lead.low, "lead_high": lead.high, "p": lead.p}
         point = {name: row[name] for name in (*CHOSEN, "accuracy")}
         compared.append(point | {"only_best": only_best, "only_other": only_other} | numbers)
-    corrected = multipletests([row["p"] for row in compared], method="holm")[1] if compared else []
-    return [row | {"p_holm": float(p)} for row, p in zip(compared, corrected, strict=True)]
+    corrected = holm([row["p"] for row in compared])
+    return [row | {"p_holm": p} for row, p in zip(compared, corrected, strict=True)]
 
 
 def read_answers(row: dict, folder: Path) -> dict[str, bool]:

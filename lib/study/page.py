@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 
 from lib.files import PROJECT_ROOT, UserError, read_json, shorten_path
-from lib.report.numbers import load
+from lib.report.load import load
 from lib.study.execution import execute
 
 ANALYSIS_NOTEBOOK = PROJECT_ROOT / "notebooks/analysis.ipynb"

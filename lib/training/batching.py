@@ -6,13 +6,17 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lib.data import Example
 from lib.files import UserError
 from lib.training.attention import Packing, make_packing
+from lib.training.reference import pad_and_shift
+
+if TYPE_CHECKING:
+    from lib.data import Example
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def _beginning(tokenizer) -> list[int]:
     return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
 
 
-def encode(examples: list[Example], tokenizer, max_length: int) -> list[Sequence]:
+def encode(examples: list["Example"], tokenizer, max_length: int) -> list[Sequence]:
     """Tokenize prompt and response separately and concatenate them.
 
     The one place that says it: the end-of-sequence token is learned after the response, appended where the response
@@ -164,3 +168,10 @@ def pack(sequences: list[Sequence], prefix: int = 0) -> Microbatch:
         lengths.append(len(ids) - 1 - prefix)
     row = torch.tensor([input_ids]), torch.tensor([position_ids])
     return Microbatch(*row, torch.tensor(response_positions), torch.tensor(labels), make_packing(prefix, lengths))
+
+
+def pad(sequences: list[Sequence], pad_token_id: int) -> dict[str, Tensor]:
+    """The same sequences in the course's way: `input_ids`, `labels` and `response_mask`, (B, T - 1) each."""
+    ids = [torch.tensor(s.token_ids) for s in sequences]
+    masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in sequences]
+    return pad_and_shift(ids, masks, pad_token_id)

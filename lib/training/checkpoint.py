@@ -1,10 +1,12 @@
 """Checkpoints of a run: the policy, the optimizer, and where training stood, in one folder that is whole or not there.
 
 `<run>/checkpoints/step-000024/` holds `policy.safetensors` (fp32 master weights), `optimizer.safetensors` (AdamW's
-moments), `random.safetensors` and `state.json`. The order of the data needs no file: it follows from the seed, and a
-hash in `state.json` proves that it is still the same. Only the newest checkpoint is kept.
+moments) and `state.json`. Order of the data and learning rate need no file: they follow from seed and step, and a hash
+in `state.json` proves that the data are still the same. Training draws no random numbers. Only the newest checkpoint is
+kept.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -17,12 +19,40 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib.files import UserError, shorten_path, write_json
+from lib.files import UserError, first_line, shorten_path, write_json
 from lib.training.policy import named_weights
 
 FOLDER = "checkpoints"
-SHARE_OF_TIME = 0.05  # checkpoints at evaluations may take this part of a run's time
+SHARE_OF_TIME = 0.05  # of the training that a checkpoint saves from being repeated: more it may not cost
+SHARE_AT_THE_END = 0.1  # the same before the last evaluation, the longest time in which a run can be stopped
+LONGEST = 600  # seconds of training without a checkpoint, where that share allows one
 BYTES_PER_SECOND = 1e9  # what the first one is taken to be written at
+
+
+class Schedule:
+    """When checkpoints are due: every `interval` steps (0: never), or with None as the time that they cost allows.
+
+    Then one is due at an evaluation, and after ten minutes anyway, if it takes at most 5 % of the time that has passed
+    since the last one or the start; before the last evaluation 10 % will do. 18 GB of a 1.5 B model take 18 s: a run
+    whose training takes less than three minutes writes none, and repeats its training if it is stopped.
+    """
+
+    def __init__(self, interval: int | None, evaluation_steps: set[int], size: int):
+        self.interval = interval
+        self.evaluation_steps = evaluation_steps
+        self.cost = size / BYTES_PER_SECOND  # seconds
+        self.last = time.perf_counter()
+
+    def due(self, step: int) -> bool:
+        if self.interval is not None:
+            return self.interval > 0 and step % self.interval == 0
+        since = time.perf_counter() - self.last
+        share = SHARE_AT_THE_END if step == max(self.evaluation_steps) else SHARE_OF_TIME
+        return self.cost <= share * since and (since >= LONGEST or step in self.evaluation_steps)
+
+    def written(self, seconds: float) -> None:
+        """Note how long the last checkpoint took; infinity where there is no room for any."""
+        self.cost, self.last = seconds, time.perf_counter()
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -32,10 +62,23 @@ def latest(run_dir: Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> dict:
     """What `save` was given as `state`."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
+    with _readable(checkpoint):
+        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
 
 
-def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, scheduler, device: str, state: dict) -> float:
+@contextlib.contextmanager
+def _readable(checkpoint: Path):
+    """UserError where a checkpoint, which is whole when it gets its name, was damaged since."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(
+            f"resume: the checkpoint {shorten_path(checkpoint)} can't be read ({first_line(error)}); "
+            "resume=False starts again"
+        ) from error
+
+
+def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, state: dict) -> float:
     """Write the checkpoint of `step` and remove older ones; returns the seconds that it took.
 
     It appears under its name only when all of it is on the disk, so that a run killed at any moment leaves a whole
@@ -53,9 +96,7 @@ def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, scheduler
     try:
         _write_tensors(partial / "policy.safetensors", dict(named_weights(policy)))
         _write_tensors(partial / "optimizer.safetensors", tensors)
-        _write_tensors(partial / "random.safetensors", _random_states(device))
-        values = {"param_groups": moments["param_groups"], "scheduler": scheduler.state_dict(), "state": state}
-        write_json(partial / "state.json", values)
+        write_json(partial / "state.json", {"param_groups": moments["param_groups"], "state": state})
         for path in [*partial.iterdir(), partial]:
             _flush(path)
     except BaseException:
@@ -71,25 +112,22 @@ def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, scheduler
     return time.perf_counter() - started
 
 
-def restore(checkpoint: Path, policy: torch.nn.Module, optimizer, scheduler, device: str) -> None:
-    """Put policy, optimizer, scheduler and torch's random generators back to where they were at `save`."""
-    weights = load_file(checkpoint / "policy.safetensors")
+def restore(checkpoint: Path, policy: torch.nn.Module, optimizer) -> None:
+    """Put policy and optimizer back to where they were at `save`."""
+    with _readable(checkpoint):
+        weights = load_file(checkpoint / "policy.safetensors")
+        moved = load_file(checkpoint / "optimizer.safetensors")
+        values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     own = dict(named_weights(policy))
     if {name: tuple(t.shape) for name, t in own.items()} != {name: tuple(t.shape) for name, t in weights.items()}:
-        raise UserError(f"{shorten_path(str(checkpoint))}: its weights are not those of this model's architecture")
+        raise UserError(f"{shorten_path(checkpoint)}: its weights are not those of this model's architecture")
     for name, tensor in own.items():
         tensor.copy_(weights[name])
-    values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     moments: dict[int, dict] = {}
-    for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+    for name, tensor in moved.items():
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})
-    scheduler.load_state_dict(values["scheduler"])
-    states = load_file(checkpoint / "random.safetensors")
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and device != "cpu":
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def delete_all(run_dir: Path) -> None:
@@ -114,7 +152,7 @@ def check_space(run_dir: Path, policy: torch.nn.Module) -> None:
     if free < needed:
         raise UserError(
             f"checkpoint_interval: two checkpoints take {needed / 1e9:.1f} GB, and the disk of "
-            f"{shorten_path(str(run_dir))} has {free / 1e9:.1f} GB free; free some, choose another runs_dir, or set "
+            f"{shorten_path(run_dir)} has {free / 1e9:.1f} GB free; free some, choose another runs_dir, or set "
             "checkpoint_interval=0 for no checkpoints (None makes them as long as there is room)"
         )
 
@@ -126,13 +164,6 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
-
-
-def _random_states(device: str) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device != "cpu":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def _flush(path: Path) -> None:

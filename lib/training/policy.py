@@ -17,9 +17,9 @@ PACKING_TOLERANCE = 0.1  # nats, in fp32, where 0.00001 is usual; what is refuse
 LOGITS_AT_ONCE = 1 << 27  # elements of the logits (tokens x vocabulary) that a backward pass holds
 
 
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the end-of-sequence token as padding where it has none of its own."""
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model={model!r}: its tokenizer has no end-of-sequence token, which the policy must learn")
     if tokenizer.pad_token_id is None:
@@ -27,16 +27,23 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
-def load_policy(model: str, device: str, trust_remote_code: bool = False) -> torch.nn.Module:
-    """Load a causal LM from a hub id or a folder (safetensors only), in fp32, on `device`.
+def load_policy(
+    model: str, device: str, trust_remote_code: bool = False, revision: str | None = None
+) -> torch.nn.Module:
+    """Load a causal LM from a hub id or a folder (safetensors only), in fp32, on `device`, without dropout.
 
     fp32 master weights: at the learning rates of fine-tuning most updates are smaller than bf16 can resolve.
     Forward and backward run under autocast (see `autocast`), with packed attention (see `attention.py`). On a GPU the
     decoder's layers are compiled, all by one and the same program; a small model on a CPU would not win the time back.
     """
     policy = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-    ).to(device)
+        model,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    policy = policy.to(device).eval()  # no dropout: training draws no random numbers
     policy.set_attn_implementation(attention.NAME)
     if policy.config._attn_implementation != attention.NAME:  # transformers only warns
         raise UserError(f"model={model!r}: its architecture takes no other attention, which packed sequences need")
@@ -82,18 +89,23 @@ def response_log_probs(policy: torch.nn.Module, microbatch: Microbatch) -> tuple
     return _predict(policy, _last_states(policy, microbatch)[microbatch.response_positions], microbatch.labels)
 
 
+def forward(policy: torch.nn.Module, microbatch: Microbatch, precision: str) -> Tensor:
+    """The decoder's last states of a packed row: (S, D), with what their gradients need."""
+    with autocast(str(policy.device), precision):
+        return _last_states(policy, microbatch)
+
+
 def backward(
-    policy: torch.nn.Module, microbatch: Microbatch, normalize_constant: float, precision: str
+    policy: torch.nn.Module, states: Tensor, microbatch: Microbatch, normalize_constant: float, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Add the gradients of a microbatch's loss, and return the loss and the sum of token entropies (scalars).
 
-    The loss is the negative log-likelihood of the response tokens over `normalize_constant`. Logits are the largest
-    tensors of all at a vocabulary of 150,000: they are made, differentiated and dropped part by part, and the decoder's
-    backward pass starts from the gradients of its last states.
+    The loss is the negative log-likelihood of the response tokens over `normalize_constant`; `states` are what
+    `forward` gave. Logits are the largest tensors of all at a vocabulary of 150,000: they are made, differentiated and
+    dropped part by part, and the decoder's backward pass starts from the gradients of its last states. Nothing here
+    waits for the device.
     """
     device, positions = str(microbatch.labels.device), microbatch.response_positions
-    with autocast(device, precision):
-        states = _last_states(policy, microbatch)  # (S, D)
     predicting = states.detach()[positions].requires_grad_()  # (R, D)
     loss, entropy = torch.zeros(2, device=device).unbind()
     rows = max(1, LOGITS_AT_ONCE // policy.config.get_text_config().vocab_size)

@@ -12,7 +12,7 @@ def tokenize_prompt_and_output(prompt_strs: list[str], output_strs: list[str], t
 
     Returns `input_ids`, `labels` and `response_mask`, each (B, T - 1) with T the longest prompt + output of the batch:
     the padded sequence without its last token, the same without its first, and 1 where a label is an output token.
-    Nothing is added: the end-of-sequence token is the caller's (see `lib.batching.encode`).
+    Nothing is added: the end-of-sequence token is the caller's (see `lib.training.batching.encode`).
     """
     sequences, masks = [], []
     for prompt, output in zip(prompt_strs, output_strs, strict=True):

@@ -1,11 +1,10 @@
 """The benchmark's arithmetic by a second route, and what becomes of variants that fail. Nothing is timed here."""
 
-import json
 import os
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from dataclasses import fields
 
 import nbformat
 import psutil
@@ -14,38 +13,28 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from lib.benchmark import measure as benchmark_parts
-from lib.benchmark import show as benchmark
-from lib.benchmark.measure import Shape, computed_flops, example_flops, packed_flops, padded_flops, shape_of
-from lib.files import PROJECT_ROOT
-from lib.training.batching import Sequence, make_microbatches
+from lib.benchmark import evaluation, processes, profile, rows, show, training
+from lib.benchmark.__main__ import MEASURES
+from lib.files import PROJECT_ROOT, UserError, append_lines
+from lib.training.batching import Sequence
 
 NOTEBOOK = PROJECT_ROOT / "notebooks" / "benchmark.ipynb"
-SHAPE = Shape(parameters=1000, projection=300, tied=True, layers=2, width=8)
-
-
-def sequences(*lengths: int, prompt: int = 40, shared: int = 30) -> list[Sequence]:
-    """Sequences whose first `shared` tokens are the same."""
-    return [
-        Sequence(str(number), [7] * shared + [100 + number] * (length - shared), prompt)
-        for number, length in enumerate(lengths)
-    ]
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_computed_flops_are_those_that_torch_counts(tied):
+def test_flops_are_those_that_torch_counts():
     config = Qwen2Config(
         vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied, attn_implementation="eager",
+        num_key_value_heads=2, tie_word_embeddings=True, attn_implementation="eager",
     )  # fmt: skip
-    model, rows, length = AutoModelForCausalLM.from_config(config), 2, 48
+    model, count, length = AutoModelForCausalLM.from_config(config), 2, 48
     with FlopCounterMode(display=False) as counter:
-        model(torch.ones(rows, length, dtype=torch.long)).logits.sum().backward()
-    # Eager attention multiplies all pairs, also those that the causal mask hides.
-    expected = computed_flops(shape_of(model), rows * length, rows * length, rows * length**2)
+        model(torch.ones(count, length, dtype=torch.long)).logits.sum().backward()
+    # Eager attention multiplies all pairs, also those that the causal mask hides: as much again.
+    hidden = 12 * 3 * 64 * count * length**2 / 2
+    expected = training.example_flops(model, [length] * count) + hidden
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)  # norms and biases are parameters too
 
 
@@ -55,187 +44,225 @@ def test_the_study_s_shape_and_its_known_utilisation():
         num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     with torch.device("meta"):
-        shape = shape_of(AutoModelForCausalLM.from_config(config))
-    assert (shape.parameters, shape.layers, shape.width) == (1_543_714_304, 28, 1536)
-    per_token = example_flops(shape, [512]) / 512
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_543_714_304
+    per_token = training.example_flops(model, [512]) / 512
     assert 24_900 * per_token / 989e12 == pytest.approx(0.24, abs=0.005)  # measured before the project began
     assert 44_600 * per_token / 989e12 == pytest.approx(0.43, abs=0.01)
 
 
-def test_a_shared_preamble_counts_once_among_the_tokens_computed():
-    batch, lengths = sequences(50, 61, 75), [49, 60, 74]  # the last token is only predicted
-    alone = packed_flops(SHAPE, batch, 10_000, share_prefix=False)
-    assert alone == computed_flops(SHAPE, sum(lengths), 10 + 21 + 35, sum(n**2 for n in lengths) / 2)
-    (packed,) = make_microbatches(batch, 10_000)
-    assert packed.packing.prefix == 30
-    attended = 30**2 / 2 + sum(n**2 - 30**2 for n in lengths) / 2
-    together = packed_flops(SHAPE, batch, 10_000, share_prefix=True)
-    assert together == computed_flops(SHAPE, 30 + 19 + 30 + 44, 10 + 21 + 35, attended)
-    assert together < alone < example_flops(SHAPE, [50, 61, 75])
+# --- Training on a CPU -----------------------------------------------------------------------------------------------
 
 
-def test_padding_counts_among_the_tokens_computed():
-    batch = sequences(50, 60, 70, 90)
-    full = padded_flops(SHAPE, batch, 2, full_logits=True)
-    assert full == computed_flops(SHAPE, 2 * 60 + 2 * 90, 300, 60**2 + 90**2)
-    assert padded_flops(SHAPE, batch, 2, full_logits=False) == full - 6 * 300 * (300 - (10 + 20 + 30 + 50))
+def settings_of(data_dir, tiny_model, tmp_path, part: str) -> rows.Settings:
+    sizes = {"warmup_steps": 1, "steps": 2, "batch": 8, "microbatch_tokens": 1024}
+    return rows.Settings(part, str(tiny_model), data_dir, tmp_path / f"{part}.jsonl", **sizes)
 
 
-def test_a_row_holds_medians_without_the_warm_up():
-    steps = [{"seconds": s, "tokens": 100, "flops": 1, "computed_flops": 1, "loss": 2.0} for s in (50, 1, 4, 2)]
-    row = benchmark_parts.training_row(steps, warmup_steps=1, device="cpu")
-    assert (row["lowest"], row["tokens_per_second"], row["highest"]) == (25, 50, 100)
+def test_variants_of_training_train_on_the_same_batches_to_the_same_loss(data_dir, tiny_model, tmp_path):
+    settings = settings_of(data_dir, tiny_model, tmp_path, "ours")
+    training.measure_ours(settings)
+    found = show.measured(rows.read_rows(tmp_path), "ours")
+    assert set(rows.VARIANTS["ours"]) - set(found) <= {rows.LIGER}  # not installed here
+    same = [rows.NAIVE, rows.EAGER, rows.FULL, rows.NO_SHARING]
+    assert all(found[name]["mean_loss"] == pytest.approx(found[rows.FULL]["mean_loss"], rel=0.002) for name in same)
+    assert found[rows.NAIVE]["examples_at_once"] == 8 and len(found[rows.FULL]["step_seconds"]) == 3
+    assert all(row["tokens_per_second"] > 0 and row["versions"]["torch"] for row in found.values())
+
+
+def test_a_step_is_timed_over_its_own_tokens_after_the_warm_up(data_dir, tiny_model, tmp_path):
+    settings = settings_of(data_dir, tiny_model, tmp_path, "ours")
+    steps = [{"seconds": s, "loss": 2.0} for s in (50, 1, 4)]
+    batches = [[Sequence("a", [0] * length, 1)] for length in (7, 100, 200)]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    row = training.summarize_steps(steps, batches, model, settings)
+    assert (row["lowest"], row["tokens_per_second"], row["highest"]) == (50, 75, 100)
     assert row["utilisation"] is None and row["peak_gb"] is None
 
 
-# --- Rows, tables and sentences ------------------------------------------------------------------------------------
+def test_full_microbatches_hold_no_more_than_they_may():
+    batches = [[Sequence("a", [0] * 40, 1), Sequence("b", [0] * 40, 1)], [Sequence("c", [0] * 30, 1)]]
+    assert [s.id for s in training.fill(batches, 80)] == ["a", "b"]
+    assert [s.id for s in training.fill(batches, 110)] == ["a", "b", "c"]
+
+
+# --- Rows and tables -------------------------------------------------------------------------------------------------
 
 
 def trained(part: str, variant: str, rate: float, utilisation: float | None = 0.5, peak: float = 40.0) -> dict:
     return {
         "part": part, "variant": variant, "device": "a GPU", "tokens_per_second": rate, "lowest": rate - 1,
-        "highest": rate + 1, "utilisation": utilisation, "utilisation_computed": utilisation and utilisation - 0.1,
-        "seconds_per_step": 0.5, "peak_gb": peak, "mean_loss": 1.5, "largest_microbatch": 9000,
+        "highest": rate + 1, "utilisation": utilisation, "seconds_per_step": 0.5, "peak_gb": peak, "mean_loss": 1.5,
     }  # fmt: skip
 
 
-TRL = list(benchmark.TRL)
+FAST, SLOW = rows.TRL
 
 
-def rows(rate: float = 60_000, utilisation: float = 0.5) -> list[dict]:
-    answered = {"part": "evaluation", "device": "a GPU"}
+def made_up(rate: float = 66_000, utilisation: float = 0.5) -> list[dict]:
+    fixed, real = {"part": "evaluation", "device": "a GPU"}, {"part": "lengths", "device": "a GPU", "problems": 2000}
     return [
-        trained("ours", benchmark.NAIVE, 20_000, 0.2),
-        trained("ours", benchmark.FULL, rate, utilisation),
-        {"part": "ours", "variant": benchmark.LIGER, "device": "a GPU", "error": "OutOfMemoryError: a | b"},
-        trained("ours", benchmark.FILLED, 61_000, peak=44.0),
-        trained("trl", TRL[0], 40_000, 0.4) | {"examples_at_once": 32},
-        trained("trl", TRL[1], 39_000, 0.4),
-        answered
-        | {"variant": benchmark.VLLM, "problems": 9, "problems_per_second": 200.0, "start_seconds": 50.0}
+        trained("ours", rows.NAIVE, 20_000, 0.2),
+        trained("ours", rows.FULL, rate, 0.6),
+        trained("ours", rows.NO_SHARING, 55_000, utilisation),
+        {"part": "ours", "variant": rows.LIGER, "device": "a GPU", "error": "OutOfMemoryError: a | b"},
+        trained("ours", rows.FILLED, 61_000, peak=44.0),
+        trained("trl", FAST, 44_000, 0.4) | {"examples_at_once": 32},
+        trained("trl", SLOW, 39_000, 0.4),
+        fixed | {"variant": rows.VLLM, "problems": 9, "problems_per_second": 200.0, "start_seconds": 50.0, "seconds": 5}
         | {"gpu_busy": 0.4, "own_cores": 0.3, "engine_cores": 1.01},
-        answered | {"variant": "generate, batch 256", "problems": 9, "problems_per_second": 8.0},
-        answered | {"variant": "generate, batch 32", "problems": 9, "problems_per_second": 20.0},
-        answered | {"variant": benchmark.GRADING, "problems": 5000, "seconds": 4.0},
-        {"part": "engines", "variant": benchmark.THREE, "problems": 9, "problems_per_second": 320.0, "gpu_busy": 0.97}
-        | {"start_seconds": 60.0, "own_cores": 0.8, "engine_cores": 2.9},
-        {"part": "cpu", "variant": benchmark.NAIVE, "error": "not measured within 30 s"},
-    ]
+        fixed | {"variant": rows.SYNC, "seconds": 0.25, "start_seconds": 17.0},
+        fixed | {"variant": rows.GENERATE, "problems": 9, "problems_per_second": 8.0, "seconds": 1},
+        fixed | {"variant": rows.GRADING, "problems": 5000, "problems_per_second": 1250.0, "seconds": 4.0},
+        real | {"variant": rows.THREE, "problems_per_second": 320.0, "gpu_busy": 0.97, "accuracy": 0.2, "cut_off": 0.05}
+        | {"tokens_per_second": 64_400.0, "mean_tokens": 165.2, "seconds": 6.25},
+        {"part": "cpu", "variant": rows.NAIVE, "error": "not measured within 30 s"},
+    ]  # fmt: skip
 
 
 def test_a_failed_variant_is_a_line_that_says_why():
-    lines = benchmark.training_table(rows()).splitlines()
-    (failed,) = (line for line in lines if benchmark.LIGER in line)
-    assert r"failed: OutOfMemoryError: a \| b" in failed
-    assert len(lines) == 2 + 6
-    assert any(f"{TRL[0]}, 32 at once" in line for line in lines)
-    (full,) = (line for line in lines if f"| {benchmark.FULL} " in line)
-    assert "60,000" in full and "50.0 %" in full and "40.0 %" in full
-    assert "failed: not measured within 30 s" in benchmark.training_table(rows(), ("cpu",))
+    table = show.tabulate(made_up(), ("ours", "trl"), show.TRAINING).set_index("variant")
+    assert table.loc[rows.LIGER, "failed"] == "OutOfMemoryError: a | b" and table.loc[rows.LIGER, "tokens/s"] == ""
+    assert len(table) == 7 and table.loc[FAST, "examples at once"] == "32"
+    full = table.loc[rows.FULL]
+    assert (full["tokens/s"], full["utilisation"], full["peak GB"]) == ("66,000", "60.0 %", "40.0")
+    cpu = show.tabulate(made_up(), ("cpu",), show.TRAINING)
+    assert cpu["failed"].tolist() == ["not measured within 30 s"]
 
 
-def test_sentences_tell_met_from_missed():
-    words = benchmark.training_words(rows())
-    assert f"TRL is fastest as '{TRL[0]}'; ours makes 1.50 times its tokens/s (at least 1.3 times: **met**)" in words
-    assert "3.00 times the tokens/s of 'padded, full logits'" in words and "44.00 GB (at most 45 GB: **met**)" in words
-    assert "missed" not in words
-    slower = benchmark.training_words(rows(rate=50_000, utilisation=0.44))
-    assert "1.25 times its tokens/s (at least 1.3 times: **missed**)" in slower
-    assert "44.0 % of the examples' tokens" in slower and slower.count("missed") == 2
-    words = benchmark.evaluation_words(rows())
-    assert "5000 problems in 25.0 s (under 60 s: **met**)" in words
-    assert "25.0 times `generate` with batches of 256 (at least 20 times: **met**)" in words
-    assert "10.0 times `generate` with batches of 32 (at least 20 times: **missed**)" in words
-    assert "busy 40.0 % of the time, the engine's process 1.01 cores: its Python is the limit" in words
-    assert (
-        "answers 1.60 times as many problems a second, with the GPU busy 97.0 % of the time, 40.0 times `generate`"
-        in words
-    )
-
-
-def test_what_limits_the_engine_is_only_said_where_it_was_seen():
-    busy = [row | {"gpu_busy": 0.9} if row["variant"] == benchmark.VLLM else row for row in rows()]
-    assert "Meanwhile" in benchmark.evaluation_words(busy) and "limit" not in benchmark.evaluation_words(busy)
-    unseen = [row for row in rows() if row["variant"] != benchmark.VLLM]
-    assert "Not used" not in benchmark.evaluation_words(unseen)
+def test_goals_tell_met_from_missed():
+    goals = show.compare_with_goals(made_up()).set_index("what")
+    assert goals.loc["times the tokens/s of TRL at its fastest"].tolist() == ["1.50", "at least 1.3", "met"]
+    assert goals.loc["times the tokens/s of the naive loop"].tolist() == ["3.30", "", ""]
+    assert goals.loc["peak GB with full microbatches"].tolist() == ["44.00", "at most 45", "met"]
+    assert goals.loc["times the problems/s of generate"].tolist() == ["25.00", "at least 10", "met"]
+    assert goals.loc["5000 problems at real lengths: s"].tolist() == ["15.62", "at most 25", "met"]
+    assert goals.loc["5000 answers graded: s"].tolist() == ["4.00", "at most 10", "met"]
+    assert goals.loc["second start of an engine: s"].tolist() == ["17.00", "at most 16", "missed"]
+    assert "5000 problems, both decodings: s" not in goals.index and "the same on a CPU" not in goals.index
+    slower = show.compare_with_goals(made_up(rate=55_000, utilisation=0.44)).set_index("what")
+    assert slower.loc["times the tokens/s of TRL at its fastest"].tolist() == ["1.25", "at least 1.3", "missed"]
+    assert slower.loc["training: tokens/s"].tolist() == ["55,000", "at least 65,000", "missed"]
+    assert slower.loc["utilisation without it", "reached"] == "missed"
 
 
 def test_the_evaluation_s_table_shows_what_was_busy():
-    lines = benchmark.evaluation_table(rows()).splitlines()
-    (line,) = (line for line in lines if f"| {benchmark.THREE} " in line)
-    assert "60.00 s engine start | 97.0 % | 0.8, engine 2.9" in line
+    fixed = show.tabulate(made_up(), ("evaluation",), show.EVALUATION).set_index("variant")
+    assert fixed.loc[rows.VLLM, ["GPU busy", "own cores busy", "engine's cores busy"]].tolist() == [
+        "40.0 %",
+        "0.3",
+        "1.0",
+    ]
+    real = show.tabulate(made_up(), ("lengths",), show.EVALUATION).set_index("variant")
+    shown = real.loc[rows.THREE, ["tokens/s", "tokens a response", "cut off", "accuracy", "GPU busy"]]
+    assert shown.tolist() == ["64,400", "165", "5.0 %", "20.0 %", "97.0 %"]
+
+
+def test_phases_of_an_engine_split_where_it_is_full_and_where_nothing_waits():
+    def step(at, running, waiting, requests, mixed, seconds):
+        spent = {"schedule": seconds, "result": 2 * seconds}
+        return {"at": at, "running": running, "waiting": waiting, "requests": requests, "mixed": mixed, "spent": spent}
+
+    steps = [step(0, 2, 9, 2, True, 0.0), step(1, 100, 5, 100, True, 0.1), step(2, 99, 4, 99, True, 0.2)]
+    steps += [step(4, 100, 2, 100, False, 0.3), step(5, 100, 0, 100, False, 0.5), step(6, 3, 0, 3, False, 0.6)]
+    phases = profile.split_phases(steps)
+    assert {name: phase["seconds"] for name, phase in phases.items()} == {"fill": 1, "steady": 4, "tail": 1}
+    assert (phases["steady"]["steps"], phases["steady"]["mixed"]) == (3, 2)
+    assert phases["steady"]["schedule"] == pytest.approx(0.4) and phases["steady"]["result"] == pytest.approx(0.8)
+    shown = show.tabulate_phases([{"part": "lengths", "phases": phases}])
+    assert shown["phase"].tolist() == ["fill", "steady", "tail"] and shown["waiting for the GPU, s"].tolist()[1] == 0.8
 
 
 def test_the_load_of_a_block_counts_its_processes():
     row, child = {}, subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        with benchmark_parts.load(row, "cpu", [psutil.Process(child.pid)]):
+        with evaluation.load(row, "cpu", [psutil.Process(child.pid)]):
             time.sleep(1.0)
     finally:
         child.kill()
         child.wait()
-    assert row["engine_cores"] > 0.3 > row["own_cores"] and "gpu_busy" not in row
+    assert row["engine_cores"] > 0.3 > row["own_cores"] and "gpu_busy" not in row and row["seconds"] >= 1.0
 
 
-def test_nothing_measured_is_said():
-    assert benchmark.training_table([]) == benchmark.evaluation_table([]) == "Nothing was measured."
-    assert "not measured" in benchmark.training_words([]) and "Nothing" in benchmark.evaluation_words([])
-    figure, data = benchmark.speeds([])
+def test_nothing_measured_is_nothing_shown():
+    assert show.tabulate([], ("ours",), show.TRAINING).empty and show.compare_with_goals([]).empty
+    figure, data = show.draw_speeds([])
     assert data.empty and figure.axes
-    assert len(benchmark.speeds(rows())[1]) == 5
+    assert len(show.draw_speeds(made_up())[1]) == 6
 
 
 def test_errors_are_one_line_without_folders():
     text = "OSError: can't read '/home/someone/models/x/config.json' (see ~/x/y.log)\nTraceback"
-    assert benchmark.plain(text) == "OSError: can't read 'config.json' (see y.log)"
+    assert rows.plain(text) == "OSError: can't read 'config.json' (see y.log)"
 
 
 def test_an_exception_becomes_a_row_and_the_next_variant_goes_on(tmp_path):
-    settings = SimpleNamespace(part="ours", device="cpu", out=tmp_path / "ours.jsonl")
-    benchmark_parts.attempt(settings, benchmark.NAIVE, lambda: 1 / 0)
-    benchmark_parts.attempt(settings, benchmark.FULL, lambda: {"tokens_per_second": 3.0})
-    first, second = benchmark.read_rows(tmp_path)
+    settings = rows.Settings("ours", "model", tmp_path, tmp_path / "ours.jsonl")
+    rows.attempt(settings, rows.NAIVE, lambda: 1 / 0)
+    rows.attempt(settings, rows.FULL, lambda: {"tokens_per_second": 3.0})
+    first, second = rows.read_rows(tmp_path)
     assert first["error"] == "ZeroDivisionError: division by zero" and second["tokens_per_second"] == 3.0
 
 
+# --- Processes -------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("body", "limit", "reason"),
-    [("exit 3", 20, "ended with status 3"), ("sleep 60", 1, "not measured within 1 s"), ("", 0, "no time was left")],
+    ("body", "limit", "reason"), [("exit 3", 20, "ended with status 3"), ("sleep 60", 1, "not measured within 1 s")]
 )
 def test_a_part_that_ends_early_names_every_variant(tmp_path, monkeypatch, body, limit, reason):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{body}\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setattr(benchmark, "SHORTEST", 0)
-    (tmp_path / "trl.jsonl").write_text(json.dumps(trained("trl", TRL[0], 1.0)) + "\n")  # of an earlier benchmark
-    seconds = benchmark.run_parts(["cpu"], tmp_path, {"seed": 0}, {"cpu": limit}, 60)
+    append_lines(tmp_path / "trl.jsonl", [trained("trl", FAST, 1.0)])  # of an earlier benchmark
+    seconds = processes.run_parts(["cpu"], tmp_path, {"seed": 0}, {"cpu": limit})
     assert list(seconds) == ["cpu"] and seconds["cpu"] < 10
-    found = benchmark.read_rows(tmp_path)
-    assert [row["variant"] for row in found] == [TRL[0], *benchmark.VARIANTS["cpu"]]
+    found = rows.read_rows(tmp_path)
+    assert [row["variant"] for row in found] == [FAST, *rows.VARIANTS["cpu"]]
     assert all(reason in row["error"] for row in found[1:])
+
+
+def test_what_a_part_started_ends_with_it(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {tmp_path}/child\nexit 0\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    processes.run_part("cpu", tmp_path, {}, 20, "")
+    child, patience = int((tmp_path / "child").read_text()), time.monotonic() + 5
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+
+
+def test_an_unknown_part_is_named(tmp_path):
+    with pytest.raises(UserError, match="parts: speed unknown; there are ours, memory, trl"):
+        processes.run_parts(["speed"], tmp_path, {}, {})
 
 
 # --- Notebook --------------------------------------------------------------------------------------------------------
 
 
-def test_the_notebook_shows_what_lies_in_its_folder(tmp_path):
+def test_the_notebook_s_parameters_are_options_of_a_part():
     (cell,) = (c for c in nbformat.read(NOTEBOOK, as_version=4).cells if "parameters" in c.metadata.get("tags", []))
     values: dict = {}
     exec(cell.source, {"__builtins__": {}}, values)  # literals need no builtins
-    assert set(values["parts"]) == set(values["limits"]) == set(benchmark.VARIANTS)
-    for row in rows():
-        benchmark.append(tmp_path / f"{row['part']}.jsonl", row)
+    assert set(values["parts"]) == set(values["limits"]) == set(rows.VARIANTS) == set(MEASURES)
+    options = {field.name for field in fields(rows.Settings)}
+    assert set(values) - options == {"parts", "folder", "limits"}
+
+
+def test_the_notebook_shows_what_lies_in_its_folder(tmp_path):
+    for row in made_up():
+        append_lines(tmp_path / f"{row['part']}.jsonl", [row])
     command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(tmp_path / "out.ipynb"), "--no-progress-bar"]
     command += ["-y", "{parts: [], data_dir: nowhere}", "-p", "folder", str(tmp_path)]
     environment = os.environ | {"JUPYTER_PATH": os.path.join(sys.prefix, "share", "jupyter")}
     subprocess.run(command, env=environment, cwd=PROJECT_ROOT, check=True, capture_output=True, timeout=120)
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
-    text = "\n".join(
-        output.get("text", "") + str(output.get("data", {}).get("text/markdown", "")) for output in outputs
-    )
-    assert "nothing measured now" in text and "12 variants, 2 of them failed" in text
-    assert "at least 1.3 times: **met**" in text and "failed: OutOfMemoryError" in text
+    text = "\n".join(output.get("text", "") + str(output.get("data", {}).get("text/html", "")) for output in outputs)
+    assert "nothing measured now" in text and "13 variants, 2 of them failed" in text
+    assert "<td>at least 1.3</td>" in text and "OutOfMemoryError: a | b" in text and "Nothing was measured." in text
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert str(tmp_path) not in text and str(PROJECT_ROOT) not in text

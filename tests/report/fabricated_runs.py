@@ -4,7 +4,7 @@ Every validation problem has a difficulty and a run answers it by chance, so two
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 SUBJECTS = ("Algebra", "Geometry", "Prealgebra")
 LEVELS = ("Level 1", "Level 3", "Level 5")
-SELECTED = {"n128": 128, "n256": 256, "n512": 512, "n1024": 1024, "full": 1707, "filtered": 1370}
+SELECTED = {"n128": 128, "n256": 256, "n512": 512, "n1024": 1024, "full": 1707, "filtered": 1370, "control": 1370}
 BATCH_SIZE = 32
 PROOF = {"tokens": 64, "mean_abs_difference": 0.002, "max_abs_difference": 0.03, "tolerance": 0.05}
 
@@ -24,6 +24,7 @@ class Plan:
     format: float
     correct: float
     truncated: float = 0.05
+    spread: float = 0.0  # standard deviation of `correct` over seeds
     parameters: dict = field(default_factory=dict)
 
 
@@ -38,26 +39,36 @@ PLANS = {
 BASE = Plan(0.08, 0.30, truncated=0.5)
 
 
-def fabricate(folder, plans=None, seeds=(0,), problems=400, subset=150, base=BASE):
-    """Write one finished run a plan and seed into `folder`; returns it as a Path."""
+def fabricate(folder, plans=None, seeds=(0,), problems=400, subset=150, base=BASE, samples=None, levels=True):
+    """Write one finished run a plan and seed into `folder`; returns it as a Path.
+
+    `samples`: answers a problem in the full evaluations, in the layout of today (`sample`, `lenient`, `undecided`, the
+    contamination); None: the layout of runs made before.
+    """
     folder = Path(folder)
     for seed in seeds:
         for size, plan in (PLANS if plans is None else plans).items():
-            fabricate_run(folder, size, plan, seed, problems, subset, base)
+            fabricate_run(folder, size, plan, seed, problems, subset, base, samples, levels)
     return folder
 
 
-def fabricate_run(folder, size, plan, seed=0, problems=400, subset=150, base=BASE):
-    run = folder / (size + (f"-seed{seed}" if seed else ""))
+def fabricate_run(folder, size, plan, seed=0, problems=400, subset=150, base=BASE, samples=None, levels=True):
+    run = folder / ((f"n{SELECTED[size]}" if size == "control" else size) + (f"-seed{seed}" if seed else ""))
+    plan = replace(plan, correct=plan.correct + plan.spread * np.random.default_rng([seed, SELECTED[size]]).normal())
     (run / "evaluations").mkdir(parents=True)
     epochs, selected = 3, SELECTED[size]
     steps = epochs * -(-selected // BATCH_SIZE)
-    write_json(run / "config.json", config(size, seed, selected, steps, problems, subset, epochs, plan.parameters))
+    made = config(size, seed, selected, steps, problems, subset, epochs, plan.parameters)
+    if samples:
+        made["parameters"]["samples_per_problem"] = samples
+        made["data"]["contamination"] = {"exact": 2, "near": 3, "ids": ["made-up/1"], "excluded": False}
+    write_json(run / "config.json", made)
+    layout = {"samples": samples, "levels": levels}
     write_lines(run / "metrics.jsonl", [step_line(step, steps, selected, epochs) for step in range(1, steps + 1)])
     evaluations = []
     for decoding in ("sampled", "greedy"):
         evaluations.append(
-            evaluation(run, evaluations, base, 0, 0, selected, epochs, steps, problems, "full", decoding)
+            evaluation(run, evaluations, base, 0, 0, selected, epochs, steps, problems, "full", decoding, **layout)
         )
     for index in range(epochs + 1):  # the last one is made from other answers than the full one: good enough here
         share = index / epochs
@@ -67,10 +78,14 @@ def fabricate_run(folder, size, plan, seed=0, problems=400, subset=150, base=BAS
             base.truncated + (plan.truncated - base.truncated) * share,
         )
         step = round(steps * share)
-        evaluations.append(evaluation(run, evaluations, now, seed, step, selected, epochs, steps, subset, "subset"))
+        evaluations.append(
+            evaluation(run, evaluations, now, seed, step, selected, epochs, steps, subset, "subset", **layout)
+        )
     for decoding in ("sampled", "greedy"):
         evaluations.append(
-            evaluation(run, evaluations, plan, seed, steps, selected, epochs, steps, problems, "full", decoding)
+            evaluation(
+                run, evaluations, plan, seed, steps, selected, epochs, steps, problems, "full", decoding, **layout
+            )
         )
     if size != "n128" or seed:
         for row in evaluations[:3]:
@@ -97,7 +112,7 @@ def fabricate_run(folder, size, plan, seed=0, problems=400, subset=150, base=BAS
 
 def config(size, seed, selected, steps, problems, subset, epochs, changed):
     parameters = {
-        "n": int(size[1:]) if size.startswith("n") else "all",
+        "n": SELECTED[size] if size.startswith("n") or size == "control" else "all",
         "filtered": size == "filtered",
         "profile": "mini",
         "model": "lib/mini/model",
@@ -156,15 +171,27 @@ def step_line(step, steps, selected, epochs):
     }
 
 
-def evaluation(run, before, plan, seed, step, selected, epochs, steps, n, split, decoding="sampled"):
+def evaluation(
+    run, before, plan, seed, step, selected, epochs, steps, n, split, decoding="sampled", samples=None, levels=True
+):
     chance = [seed, step, selected, n] if step else [n]  # the base is measured once
-    records = answers(plan, np.random.default_rng([*chance, decoding == "greedy"]), n)
+    chance.append(int(decoding == "greedy"))
+    several = samples if split == "full" and decoding == "sampled" else 1
+    records = []
+    for sample in range(several or 1):
+        rows = answers(plan, np.random.default_rng([*chance, sample] if sample else chance), n)
+        if samples:
+            rows = in_todays_layout(rows, sample, np.random.default_rng([*chance, sample, 99]))
+        records += rows
+    if not levels:
+        records = [{**record, "subject": None, "level": None} for record in records]
+    asked = len(records)
     path = f"evaluations/{len(before):03d}-{split}-{decoding}.jsonl"
     write_lines(run / path, records)
     count = {verdict: 0 for verdict in ("correct", "wrong", "no_answer", "truncated")}
     for record in records:
         count[record["verdict"]] += 1
-    interval = binomtest(count["correct"], n).proportion_ci(method="wilson")
+    interval = binomtest(count["correct"], asked).proportion_ci(method="wilson")
     return {
         "eval_step": len(before),
         "train_step": step,
@@ -176,18 +203,18 @@ def evaluation(run, before, plan, seed, step, selected, epochs, steps, n, split,
         "top_p": 1.0,
         "max_new_tokens": 1024,
         "n": n,
+        **({"samples": several, "undecided": 0} if samples else {}),
+        **({"lenient_accuracy": mean(records, "lenient")} if samples else {}),
         **count,
-        "accuracy": count["correct"] / n,
+        "accuracy": count["correct"] / asked,
         "accuracy_low": interval.low,
         "accuracy_high": interval.high,
-        "format_rate": sum(record["format"] for record in records) / n,
+        "format_rate": sum(record["format"] for record in records) / asked,
         "mean_tokens": mean(records, "tokens"),
         "mean_tokens_correct": mean([record for record in records if record["correct"]], "tokens"),
         "mean_tokens_incorrect": mean([record for record in records if not record["correct"]], "tokens"),
         "mean_token_entropy": mean(records, "token_entropy"),
-        "by_level": tally(records, lambda record: record["level"]),
-        "by_subject": tally(records, lambda record: record["subject"]),
-        "by_subject_and_level": tally(records, lambda record: f"{record['subject']}|{record['level']}"),
+        **(by_groups(records) if levels else {}),
         "seconds": {"sync": 0.1, "generate": 5.0, "grade": 1.0},
         "generated_tokens": sum(record["tokens"] for record in records),
         "sync_proof": PROOF if step else None,
@@ -220,6 +247,20 @@ def answers(plan, chance, n):
             }
         )
     return made
+
+
+def in_todays_layout(rows, sample, chance):
+    """Half of the answers in a wrong form are right by the lenient reading."""
+    found = [bool(row["correct"] or (row["verdict"] == "no_answer" and chance.random() < 0.5)) for row in rows]
+    return [{**row, "sample": sample, "lenient": one, "undecided": False} for row, one in zip(rows, found, strict=True)]
+
+
+def by_groups(records):
+    return {
+        "by_level": tally(records, lambda record: record["level"]),
+        "by_subject": tally(records, lambda record: record["subject"]),
+        "by_subject_and_level": tally(records, lambda record: f"{record['subject']}|{record['level']}"),
+    }
 
 
 def tally(records, key):

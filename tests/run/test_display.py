@@ -2,8 +2,11 @@
 
 from types import SimpleNamespace
 
+from lib.data import Problem
 from lib.run import display as live
 from lib.run.display import generations_table
+from lib.settings import PROFILES
+from lib.training.batching import Sequence, pad
 
 EVALUATION = {"split": "subset", "decoding": "sampled", "train_step": 0, "n": 10, "format_rate": 0.5}
 EVALUATION |= {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}
@@ -17,6 +20,62 @@ def test_a_models_text_is_shown_not_rendered():
     assert "&lt;/think&gt; &lt;answer&gt; 2 &lt;/answer&gt;" in page
     assert "<script>" not in page and "<answer>" not in page
     assert "<table" in generations_table(SimpleNamespace(shown_ids=set()), [], []).to_html()
+
+
+def shown_trace(data_dir: str) -> str:
+    sequence = Sequence("sft/7", [5, 6, 7, 8], 2)
+    tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>\n")
+    run = SimpleNamespace(batches=[[sequence]], tokenizer=tokenizer, config=SimpleNamespace(data_dir=data_dir))
+    longer = Sequence("sft/8", [1] * 9, 4)
+    return live.marked_trace(run, pad([sequence, longer], 0)).data
+
+
+def test_a_trace_is_marked_by_its_mask_and_shown_only_where_the_data_are_ours():
+    own = shown_trace(PROFILES["mini"]["data_dir"])
+    assert "sft/7: 2 tokens of the prompt (grey), 2 of the response (blue)" in own
+    grey, first, last = own.split("<span ")[1:]  # three labels: the last prompt token's is the first to be learned
+    assert "color:#888" in grey and "&lt;6&gt;⏎" in grey
+    assert "#cfe3f5" in first and "&lt;7&gt;⏎" in first and "#cfe3f5" in last and "&lt;8&gt;⏎" in last
+    foreign = shown_trace("/data/MATH")
+    assert "&lt;" not in foreign and foreign.count("▪") == 3
+
+
+def test_an_answer_is_shown_with_its_grade_and_its_gold_answer_only_where_it_is_ours():
+    problem = Problem("validation/1", "What is 6 x 7?", "42", None, None)
+    record = {"response": "<b> </think> <answer>41</answer>"}
+    reward = {"reward": 0.0, "format_reward": 1.0, "answer_reward": 0.0}
+    for folder, shows in ((PROFILES["mini"]["data_dir"], True), ("/data/MATH", False)):
+        run = SimpleNamespace(config=SimpleNamespace(data_dir=folder))
+        page = live.graded_answer(run, record, problem, reward).to_html()
+        assert "&lt;b&gt; &lt;/think&gt;" in page and "format_reward" in page and "validation/1" in page
+        assert (">42<" in page) is shows and "6 x 7" not in page
+
+
+LINE = {"train_step": 9, "n": 20, "decoding": "sampled", "temperature": 1.0, "correct": 4, "wrong": 10, "no_answer": 5}
+LINE |= {"truncated": 1, "accuracy": 0.2, "accuracy_low": 0.1, "accuracy_high": 0.4, "format_rate": 0.7}
+LINE |= {"mean_tokens": 50.0}
+
+
+def test_the_table_of_evaluations_reads_old_lines_and_new_ones():
+    old = live.evaluation_table([LINE])
+    assert old.loc[9, "lenient"] == "–" and not {"samples", "could not be decided"} & set(old.columns)
+    new = LINE | {"samples": 4, "lenient_accuracy": 0.55, "undecided": 2}
+    table = live.evaluation_table([LINE | {"train_step": 0}, new])
+    assert table.loc[9, "lenient"] == "55.0%" and table.loc[9, "samples"] == 4 and table.loc[0, "samples"] == 1
+    assert list(table["could not be decided"]) == [0, 2]
+    failed = live.evaluation_table([LINE | {"failed": 3}])
+    assert failed.loc[9, "accuracy"] == "3 failed" and failed.loc[9, "tokens (mean)"] == "–"
+
+
+def test_data_without_levels_and_subjects_have_no_table_of_them():
+    records = [
+        {"subject": subject, "level": level, "correct": correct}
+        for subject, level, correct in (("a|b", "Level 1", True), ("a|b", "Level 2", False), ("c", "Level 1", True))
+    ]
+    table = live.subject_level_table([*records, records[0] | {"correct": False}])
+    assert table.loc["a|b"].tolist() == ["1 / 2", "0 / 1", "1 / 3"] and table.columns[-1] == "all"
+    assert table.loc["c"].tolist() == ["1 / 1", "0 / 0", "1 / 1"] and table.loc["all", "all"] == "2 / 4"
+    assert live.subject_level_table([r | {"subject": None, "level": None} for r in records]).empty
 
 
 def test_drawing_takes_one_percent_of_the_time_and_the_last_step_is_drawn(monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import html
 import ipaddress
 import json
 import os
@@ -15,8 +16,11 @@ import nbformat
 import psutil
 import pytest
 
-from lib.files import PROJECT_ROOT, UserError, read_lines
-from lib.settings import PARAMETERS
+from lib.files import PROJECT_ROOT, UserError, read_json, read_lines
+from lib.run.prepare import prepare
+from lib.settings import PARAMETERS, resolve
+from lib.training.policy import load_policy
+from lib.training.steps import make_optimizer, train_steps
 
 NOTEBOOK = PROJECT_ROOT / "notebooks" / "train.ipynb"
 # In the environment of every run below; none of it may be found in anything that a run writes.
@@ -157,6 +161,38 @@ def test_the_notebook_shows_the_run_and_no_noise(executed):
         assert noise not in text
     assert not [o for c in notebook.cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
     assert "vLLM" in (run_dir / "run.log").read_text() or "vllm" in (run_dir / "run.log").read_text()
+
+
+def test_the_loop_on_the_page_is_that_of_the_library(executed):
+    """`train_steps`, which tuning and the benchmark use, gives the same curve to the digit."""
+    _, run_dir = executed
+    settings = read_json(run_dir / "config.json")["parameters"]
+    config = resolve(settings | {"run_name": "by-the-library"})
+    run = prepare(config)
+    policy = load_policy(config.model, "cpu")
+    optimizer = make_optimizer(policy, config.weight_decay)
+    steps = train_steps(policy, optimizer, run.batches, config.optimization, run.sizes["selected"])
+    timed = ("seconds", "tokens_per_second", "wait_seconds")
+    theirs = [{k: v for k, v in row.items() if k not in timed} for row in read_lines(run_dir / "metrics.jsonl")]
+    assert [{k: v for k, v in row.items() if k not in timed} for row in steps] == theirs
+
+
+def test_the_notebook_shows_the_course_s_loss_equal_to_the_packed_one(executed):
+    notebook, _ = executed
+    said = re.search(r"([\d.]+) by the course's functions, ([\d.]+) packed, over (\d+) response", text_of(notebook))
+    course, packed = float(said[1]), float(said[2])
+    assert course == pytest.approx(packed, abs=2e-5) and course > 0.1 and int(said[3]) > 20
+
+
+def test_no_text_of_foreign_data_is_shown(executed, toy):
+    """Executed notebooks are published: of traces and problems they show lengths and ids, unless they are our own."""
+    folder, _ = toy
+    text = text_of(executed[0])
+    rows = [row for name in ("sft", "validation") for row in read_lines(folder / f"data/{name}.jsonl")]
+    problems = [row.get("problem") or row["prompt"].partition("User: ")[2][:40] for row in rows]
+    responses = [row["response"][:30] for row in rows if "response" in row]
+    assert len(responses) == 40 and not [p for p in problems + responses if p in text or html.escape(p) in text]
+    assert "tokens of the prompt (grey)" in text and "▪" in text
 
 
 def test_no_secret_is_written(executed):

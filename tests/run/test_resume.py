@@ -4,13 +4,16 @@ The engine has no part in it here; `test_faults.py` does the same to whole noteb
 """
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
 from conftest import write_rows
@@ -18,10 +21,16 @@ from conftest import write_rows
 from lib.files import PROJECT_ROOT, UserError, read_lines
 from lib.run import life_cycle as runs
 from lib.run import lock as locks
-from lib.run.life_cycle import prepare, start, train
+from lib.run.evaluations import evaluation_due
+from lib.run.life_cycle import record, start, training_steps
+from lib.run.prepare import prepare
+from lib.run.run import RunError
 from lib.settings import resolve
 from lib.training import checkpoint
+from lib.training.policy import backward, forward
 
+NOTEBOOK = nbformat.read(PROJECT_ROOT / "notebooks/train.ipynb", as_version=4)
+(LOOP,) = (cell.source for cell in NOTEBOOK.cells if "in training_steps(run)" in cell.source)
 KEPT = ("train_step", "loss", "grad_norm", "learning_rate", "token_entropy", "examples_seen", "epoch")
 
 
@@ -29,19 +38,27 @@ KEPT = ("train_step", "loss", "grad_norm", "learning_rate", "token_entropy", "ex
 def settings(parameters, monkeypatch):
     """Parameters of a run of 8 steps whose engine is not started."""
     monkeypatch.setattr(runs, "start_engine", lambda run, log_file: None)
+    monkeypatch.setattr(runs, "wait_until_ready", lambda engine: None)
+    monkeypatch.setattr(runs, "evaluate_policy", lambda run, position: None)  # after a resume
     return parameters | {"batch_size": 4, "epochs": 2, "checkpoint_interval": 3, "learning_rate": 1e-3}
 
 
 def run_until(settings: dict, steps: int | None = None, **changed):
-    """Prepare, start and train a run; `steps`: stop before the next one, as a killed process would."""
+    """Prepare, start and train a run by the notebook's own loop; `steps`: stop after so many, as if killed."""
     run = prepare(resolve(settings | changed))
     said = start(run)
-    with run.recorded("loop"):
-        for metrics in train(run):
-            if metrics["train_step"] == steps:
-                break
+    view = SimpleNamespace(update=lambda: None)
+    names = {"run": run, "config": run.config, "torch": torch, "forward": forward, "backward": backward}
+    names |= {"record": record, "live": SimpleNamespace(LiveView=lambda run: view)}
+    names["training_steps"] = lambda run: itertools.islice(training_steps(run), steps and steps - done(run))
+    names["evaluation_due"] = lambda run, step: False
+    exec(LOOP, names)
     locks.release(run.config.run_dir)  # as the system does when a process ends
     return run, said
+
+
+def done(run) -> int:
+    return len(run.tracker.metrics)
 
 
 def curve(run) -> list[dict]:
@@ -79,14 +96,12 @@ def test_overwriting_begins_anew_even_beside_a_kept_checkpoint(settings):
     assert said.startswith("Resumed after step 3")
 
 
-def test_random_states_are_part_of_a_checkpoint(settings, tmp_path):
-    run, _ = run_until(settings, steps=3)
-    models = run.policy, run.optimizer, run.scheduler
-    checkpoint.save(tmp_path, 3, *models, "cpu", {"train_step": 3})
-    expected = torch.rand(4)
+def test_training_draws_no_random_numbers(settings):
+    """So no random state is part of a checkpoint, and nothing that an evaluation draws changes training."""
     torch.manual_seed(99)
-    checkpoint.restore(checkpoint.latest(tmp_path), *models, "cpu")
-    assert torch.equal(torch.rand(4), expected)
+    before = torch.get_rng_state()
+    run_until(settings)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_only_the_newest_whole_checkpoint_is_there(settings):
@@ -94,7 +109,7 @@ def test_only_the_newest_whole_checkpoint_is_there(settings):
     folder = run.config.run_dir / "checkpoints"
     assert [p.name for p in folder.iterdir()] == ["step-000006"]
     assert sorted(p.name for p in (folder / "step-000006").iterdir()) == [
-        *("optimizer.safetensors", "policy.safetensors", "random.safetensors", "state.json")
+        *("optimizer.safetensors", "policy.safetensors", "state.json")
     ]
     (folder / ".partial-000007").mkdir()  # a killed process was writing it
     assert checkpoint.latest(run.config.run_dir).name == "step-000006"
@@ -102,12 +117,41 @@ def test_only_the_newest_whole_checkpoint_is_there(settings):
     assert [p.name for p in folder.iterdir()] == ["step-000006"]
 
 
-def test_checkpoints_come_at_evaluations_as_long_as_they_cost_little_time(settings, monkeypatch):
-    saved = []
-    for cost in (0.0, 1e6):
-        monkeypatch.setattr(checkpoint, "save", lambda run_dir, step, *rest, cost=cost: saved.append(step) or cost)
-        run_until(settings, run_name=f"cost-{cost:g}", checkpoint_interval=None, eval_interval=3)
-    assert saved == [3, 6, 8, 3]
+GB = 1e9
+
+
+@pytest.mark.parametrize(
+    ("size", "step", "seconds", "due"),
+    [
+        (0.06 * GB, 10, 2, True),  # mini: at every evaluation
+        (0.06 * GB, 11, 2, False),
+        (0.06 * GB, 11, 601, True),  # and after ten minutes anyway
+        (18 * GB, 10, 300, False),  # 1.5 B parameters: 18 s, 5 % of six minutes
+        (18 * GB, 10, 361, True),
+        (18 * GB, 11, 599, False),
+        (18 * GB, 11, 601, True),
+        (18 * GB, 100, 120, False),  # before the last evaluation: 10 % will do
+        (18 * GB, 100, 181, True),
+        (84 * GB, 11, 1600, False),  # 7 B: every half an hour
+        (84 * GB, 11, 1700, True),
+    ],
+)
+def test_checkpoints_are_due_as_the_time_that_they_cost_allows(monkeypatch, size, step, seconds, due):
+    now = [100.0]
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now[0])
+    schedule = checkpoint.Schedule(None, {10, 50, 100}, size)
+    now[0] += 5000
+    schedule.written(size / checkpoint.BYTES_PER_SECOND)
+    now[0] += seconds
+    assert schedule.due(step) is due
+    schedule.written(float("inf"))  # no room for any
+    now[0] += 10**6
+    assert not schedule.due(step)
+
+
+def test_an_interval_of_checkpoints_is_kept_to():
+    assert [s for s in range(1, 10) if checkpoint.Schedule(3, {5}, 10**12).due(s)] == [3, 6, 9]
+    assert not any(checkpoint.Schedule(0, {5}, 1).due(s) for s in range(1, 10))
 
 
 def test_a_failed_write_keeps_the_checkpoint_before(settings, monkeypatch):
@@ -119,7 +163,7 @@ def test_a_failed_write_keeps_the_checkpoint_before(settings, monkeypatch):
         write(path, tensors)
 
     monkeypatch.setattr(checkpoint, "_write_tensors", fail_at_the_second)
-    with pytest.raises(runs.RunError, match=r"disk is full.*goes on from its last checkpoint"):
+    with pytest.raises(RunError, match=r"disk is full.*goes on from its last checkpoint"):
         run_until(settings)
     run_dir = prepare(resolve(settings)).config.run_dir
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-000003"]
@@ -153,6 +197,15 @@ def test_what_changes_no_result_may_change_on_the_way(settings):
     assert said.startswith("Resumed after step 3")
 
 
+def test_an_evaluation_due_at_the_checkpoint_is_made_first(settings, monkeypatch):
+    """A run may be stopped between its checkpoint and the evaluation of the same step."""
+    run_until(settings, steps=4, eval_interval=3)
+    seen = []
+    monkeypatch.setattr(runs, "evaluate_policy", lambda run, position: seen.append((done(run), position["train_step"])))
+    run_until(settings, eval_interval=3)
+    assert seen == [(3, 3)]
+
+
 def test_other_data_under_the_same_settings_are_noticed(settings, data_dir):
     run_until(settings, steps=4)
     rows = read_lines(data_dir / "sft.jsonl")
@@ -167,6 +220,19 @@ def test_a_checkpoint_without_its_metrics_is_not_continued(settings):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     with pytest.raises(UserError, match=r"its metrics.jsonl has 2 of 3 steps"):
         run_until(settings)
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+def test_a_damaged_checkpoint_is_said_with_what_to_do(settings, name, damage):
+    run, _ = run_until(settings, steps=4)
+    path = run.config.run_dir / "checkpoints/step-000003" / name
+    path.write_bytes({"cut": path.read_bytes()[:40], "empty": b"", "gone": b""}[damage])
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(UserError, match=r"resume: the checkpoint .*step-000003 can't be read \(.+\); resume=False"):
+        run_until(settings)
+    assert not (run.config.run_dir / locks.NAME).exists()
 
 
 def test_without_checkpoints_a_stopped_run_begins_again(settings):
@@ -184,7 +250,7 @@ def test_an_incomplete_evaluation_is_repeated_and_a_complete_one_is_not(settings
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run_dir / "evaluations.jsonl").write_text(text + json.dumps({"train_step": 3})[:8])
     resumed, _ = run_until(settings, steps=3)
-    assert not runs.evaluation_due(resumed, 2) and runs.evaluation_due(resumed, 4)
+    assert not evaluation_due(resumed, 2) and evaluation_due(resumed, 6)
     assert resumed.tracker.evaluations == lines and (run_dir / "evaluations.jsonl").read_text() == text
     (run_dir / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
     resumed, _ = run_until(settings, steps=3)
@@ -198,7 +264,7 @@ def test_no_room_for_two_checkpoints_is_said_before_training(settings, monkeypat
     with pytest.raises(UserError, match=r"checkpoint_interval: two checkpoints take .* GB free"):
         run_until(settings)
     run, _ = run_until(settings, checkpoint_interval=None)  # nobody asked for them: the run goes on without
-    assert len(curve(run)) == 8 and run.note.startswith("No checkpoint since step 2: No space left")
+    assert len(curve(run)) == 8 and run.note.startswith("No checkpoint since step 1: No space left")
     assert not (run.config.run_dir / "checkpoints").exists()
 
 

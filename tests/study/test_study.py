@@ -1,11 +1,9 @@
 """The study at work: what it keeps, reports and leaves behind. A stub notebook stands in for train.ipynb."""
 
-import contextlib
 import json
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -136,61 +134,6 @@ def test_a_stopped_study_ends_every_run_at_work_and_goes_on_with_them(stub, tmp_
     assert sorted(path.suffix for path in folder.iterdir() if path.is_file()) == [".log", ".log"], "nothing half-true"
     outcome = made(stub, *words[1:])
     assert (sorted(outcome.finished), outcome.failed) == (["n128", "n256"], {})
-
-
-class Measuring:
-    """As much of a run as `evaluate_base` needs."""
-
-    def __init__(self, folder: Path, name: str):
-        self.config = SimpleNamespace(runs_dir=str(folder), run_name=name, run_dir=folder / name)
-        self.tracker = SimpleNamespace(evaluations=[], log_evaluation=lambda parts: [line for line, _ in parts])
-        self.recorded = lambda part: contextlib.nullcontext()
-        (self.config.run_dir / "evaluations").mkdir(parents=True)
-
-
-@pytest.mark.parametrize("slower", ["measuring", "writing"])
-def test_runs_that_measure_the_same_base_at_once_leave_one_whole_base(tmp_path, monkeypatch, slower):
-    """n256 measures and keeps the base while n128 is still measuring it, or about to keep its own."""
-    run = pytest.importorskip("lib.run.life_cycle")
-    both = {name: Measuring(tmp_path, name) for name in ("n128", "n256")}
-    write_json = run.write_json
-
-    def overtaken(where: str, by_name: str) -> None:
-        if (where, by_name) == (slower, "n128"):
-            assert not list(tmp_path.glob("base-*")), "nothing to be seen before it is whole"
-            run.evaluate_base(both["n256"])
-
-    def measure(measuring, position):
-        overtaken("measuring", measuring.config.run_name)
-        (measuring.config.run_dir / "evaluations/000.jsonl").write_text(measuring.config.run_name)
-        return [{"train_step": 0, "records": "evaluations/000.jsonl", "by": measuring.config.run_name}]
-
-    def write(path, value):
-        overtaken("writing", value["measured_by"])
-        write_json(path, value)
-
-    monkeypatch.setattr(run, "_base_settings", lambda measuring: {"model": "one"})
-    monkeypatch.setattr(run, "evaluate_policy", measure)
-    monkeypatch.setattr(run, "write_json", write)
-    lines, _ = run.evaluate_base(both["n128"])
-    assert lines[0]["by"] == "n128", "each goes on with what it measured"
-    [base] = tmp_path.glob("*base-*")
-    assert sorted(path.name for path in base.iterdir()) == ["evaluations", "evaluations.jsonl", "settings.json"]
-    assert run.read_measured_by(base) == (base / "evaluations/000.jsonl").read_text() == "n256"
-    assert json.loads((base / "evaluations.jsonl").read_text())["by"] == "n256"
-    lines, said = run.evaluate_base(Measuring(tmp_path, "n512"))
-    assert "Reused" in said and (tmp_path / "n512" / lines[0]["records"]).read_text() == "n256"
-
-
-def test_half_of_a_base_is_replaced(tmp_path, monkeypatch):
-    run = pytest.importorskip("lib.run.life_cycle")
-    monkeypatch.setattr(run, "_base_settings", lambda measuring: {"model": "one"})
-    monkeypatch.setattr(run, "evaluate_policy", lambda measuring, position: [])
-    run.evaluate_base(Measuring(tmp_path, "n128"))
-    [base] = tmp_path.glob("base-*")
-    (base / "settings.json").unlink()
-    run.evaluate_base(Measuring(tmp_path, "n256"))
-    assert run.read_measured_by(base) == "n256"
 
 
 def test_ending_a_study_never_touches_the_caller(tmp_path):

@@ -23,10 +23,11 @@ from lib.training.batching import (
     make_microbatches,
     number_of_steps,
     pack,
+    pad,
     shared_prefix_length,
 )
-from lib.training.policy import backward, load_policy, load_tokenizer, named_weights, response_log_probs
-from lib.training.steps import TrainingError, evaluation_steps, make_optimizer, train_steps
+from lib.training.policy import backward, forward, load_policy, load_tokenizer, named_weights, response_log_probs
+from lib.training.steps import TrainingError, evaluation_steps, learning_rates, make_optimizer, train_steps
 
 PROMPTS, OUTPUTS = ["What is 2 + 3?", "Compute 12."], [" 5", " 12 = 3 \\cdot 4 </answer>"]
 
@@ -88,13 +89,6 @@ def test_microbatch_step_equals_cross_entropy_in_loss_and_gradient(model, tokeni
     torch.testing.assert_close(result["token_entropy"], entropy, rtol=1e-4, atol=1e-5)
 
 
-def padded(sequences, pad_token_id):
-    """The course's way: rows padded to the longest, and a mask."""
-    ids = [torch.tensor(s.token_ids) for s in sequences]
-    masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in sequences]
-    return losses.pad_and_shift(ids, masks, pad_token_id)
-
-
 @pytest.fixture(scope="module")
 def sequences(tokenizer):
     """Ten traces of uneven lengths whose prompts begin with the same tokens."""
@@ -115,7 +109,7 @@ def test_packed_sequences_equal_the_reference(tiny_model, tokenizer, sequences, 
     (log_probs * weights).sum().backward()
 
     reference = load_reference(tiny_model)
-    batch = padded(sequences, tokenizer.pad_token_id)
+    batch = pad(sequences, tokenizer.pad_token_id)
     result = losses.get_response_log_probs(reference, batch["input_ids"], batch["labels"], return_token_entropy=True)
     expected = result["log_probs"][batch["response_mask"]]
     (expected * weights).sum().backward()
@@ -140,8 +134,8 @@ def test_logits_made_part_by_part_have_the_same_gradients(tiny_model, tokenizer,
     monkeypatch.setattr(policy_module, "LOGITS_AT_ONCE", 7 * vocabulary)  # seven tokens at a time
     policy, reference = load_policy(str(tiny_model), "cpu"), load_reference(tiny_model)
     for microbatch in make_microbatches(sequences, 600):
-        backward(policy, microbatch, 50.0, "fp32")
-    batch = padded(sequences, tokenizer.pad_token_id)
+        backward(policy, forward(policy, microbatch, "fp32"), microbatch, 50.0, "fp32")
+    batch = pad(sequences, tokenizer.pad_token_id)
     result = losses.get_response_log_probs(reference, batch["input_ids"], batch["labels"])
     (-losses.masked_normalize(result["log_probs"], batch["response_mask"], 50.0)).backward()
     assert_same_gradients(policy, reference)
@@ -191,8 +185,13 @@ def train(config, data_dir, model_folder, n=10):
     sequences = encode(load_examples(data_dir)[0][:n], tokenizer, config.max_length)
     batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
     policy = load_policy(str(model_folder), "cpu")
-    optimizer, scheduler = make_optimizer(policy, config, len(batches))
-    return policy, batches, list(train_steps(policy, optimizer, scheduler, batches, config, n))
+    return policy, batches, list(steps_of(policy, batches, config, n))
+
+
+def steps_of(policy, batches, config, n, **others):
+    """`train_steps` by the settings of a run."""
+    optimizer = make_optimizer(policy, config.weight_decay)
+    return train_steps(policy, optimizer, batches, config.optimization, n, **others)
 
 
 def test_a_step_equals_the_course_functions(config, data_dir, tiny_model):
@@ -202,7 +201,7 @@ def test_a_step_equals_the_course_functions(config, data_dir, tiny_model):
     """
     _, batches, metrics = train(config, data_dir, tiny_model)
     tokenizer, model = load_tokenizer(str(tiny_model)), load_reference(tiny_model)
-    batch = padded(batches[0], tokenizer.pad_token_id)
+    batch = pad(batches[0], tokenizer.pad_token_id)
     result = losses.get_response_log_probs(model, batch["input_ids"], batch["labels"], return_token_entropy=True)
     tokens = batch["response_mask"].sum()
     loss, _ = losses.sft_microbatch_train_step(
@@ -244,7 +243,7 @@ def test_what_training_waits_between_two_steps_is_counted_apart(config, data_dir
     tokenizer, policy = load_tokenizer(str(tiny_model)), load_policy(str(tiny_model), "cpu")
     sequences = encode(load_examples(data_dir)[0][:6], tokenizer, 512)
     metrics = []
-    for step in train_steps(policy, *make_optimizer(policy, config, 3), [sequences] * 3, config, 6):
+    for step in steps_of(policy, [sequences] * 3, config, 6):
         metrics.append(step)
         time.sleep(0.5 if len(metrics) == 1 else 0)
     assert metrics[0]["wait_seconds"] == 0 and 0.5 <= metrics[1]["wait_seconds"] < 0.7
@@ -260,9 +259,43 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config, data_dir, tin
         policy.model.norm.weight[0] = float("nan")
     before = [p.clone() for p in policy.parameters()]
     with pytest.raises(TrainingError, match=r"step 1: loss nan.*sft/\d+"):
-        list(train_steps(policy, *make_optimizer(policy, config, 1), [sequences], config, 6))
+        list(steps_of(policy, [sequences], config, 6))
     for old, new in zip(before, policy.parameters(), strict=True):
         torch.testing.assert_close(old, new, equal_nan=True)
+
+
+def test_the_schedule_is_that_of_torch():
+    """A second route: torch's own linear and cosine schedules, one after the other."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 4, 1.0, 3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 17)
+    schedule, expected = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [3]), []
+    for _ in range(20):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert learning_rates(20, 0.3, warmup_ratio=0.11) == pytest.approx(expected)
+    assert learning_rates(1, 0.3) == [0.3] and len(learning_rates(3, 0.3, warmup_ratio=1.0)) == 3
+
+
+def test_the_benchmark_can_replace_backward_and_cut(config, data_dir, tiny_model):
+    """A step calls what it is given, once for each microbatch of the given cut, with the states and the constant."""
+    tokenizer, policy = load_tokenizer(str(tiny_model)), load_policy(str(tiny_model), "cpu")
+    sequences = encode(load_examples(data_dir)[0][:6], tokenizer, 512)
+    seen = []
+
+    def spy(policy, states, microbatch, constant, precision):
+        seen.append((states.shape[0], microbatch.input_ids.numel(), constant))
+        return backward(policy, states, microbatch, constant, precision)
+
+    def one_each(batch, microbatch_tokens):
+        return [pack([sequence]) for sequence in batch]
+
+    (ours,) = steps_of(policy, [sequences], config, 6, backward=spy, cut=one_each)
+    tokens = sum(s.response_length for s in sequences)
+    assert seen == [(len(s.token_ids) - 1, len(s.token_ids) - 1, tokens) for s in sequences]
+    (usual,) = steps_of(load_policy(str(tiny_model), "cpu"), [sequences], config, 6)
+    assert ours["loss"] == pytest.approx(usual["loss"], rel=1e-5)
 
 
 def test_batches_cover_every_example_once_an_epoch(config, data_dir, tokenizer):
@@ -312,14 +345,21 @@ def test_the_shortest_runs_train(parameters, data_dir, tiny_model, changed):
     sequences = encode(load_examples(data_dir)[0], load_tokenizer(str(tiny_model)), 512)[:16]
     batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, seed=0)
     policy = load_policy(str(tiny_model), "cpu")
-    models = policy, *make_optimizer(policy, config, len(batches))
-    assert len(list(train_steps(*models, batches, config, 16))) == len(batches) >= 1
+    assert len(list(steps_of(policy, batches, config, 16))) == len(batches) >= 1
 
 
 def test_evaluation_steps():
     assert evaluation_steps(10, 4) == {4, 8, 10}
-    assert evaluation_steps(10, None) == {2, 4, 6, 8, 10}
-    assert evaluation_steps(1, None) == {1}
+    assert evaluation_steps(3, 4) == {3} and evaluation_steps(8, 4) == {4, 8}
+
+
+def test_evaluations_lie_close_where_most_is_learned():
+    assert evaluation_steps(1000, None) == {10, 20, 50, 100, 200, 400, 700, 1000}
+    assert evaluation_steps(127, None) == {1, 3, 6, 13, 25, 51, 89, 127}
+    assert evaluation_steps(10, None) == {1, 2, 4, 7, 10}
+    for total in range(1, 400):
+        steps = evaluation_steps(total, None)
+        assert len(steps) >= min(5, total) and max(steps) == total and min(steps) <= max(1, total / 50)
 
 
 def test_weights_are_named_once_without_compile_prefix(model):

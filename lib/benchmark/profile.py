@@ -1,0 +1,70 @@
+"""Where an engine's seconds go, step by step; runs in the engine's process, through vLLM's `apply_model`."""
+
+import gc
+import time
+from collections import defaultdict
+
+# What is timed: a step schedules, launches kernels, waits for the GPU's tokens, and turns them into text.
+TIMED = ("schedule", "update_from_output", "execute_model", "sample_tokens", "result", "process_outputs")
+steps: list[dict] = []
+seconds: dict[str, float] = defaultdict(float)
+
+
+def install(model) -> None:
+    """Begin to note each step: when it was scheduled, how full the engine was, and what was spent up to then."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor.uniproc_executor import AsyncOutputFuture
+
+    gc.unfreeze()  # vLLM takes what it made out of the collector's sight
+    engine = next(found for found in gc.get_objects() if isinstance(found, LLMEngine))
+    gc.freeze()
+    core = engine.engine_core.engine_core
+    scheduler, executor = core.scheduler, core.model_executor
+    owners = scheduler, scheduler, executor, executor, AsyncOutputFuture, engine.output_processor
+    for owner, name in zip(owners, TIMED, strict=True):
+        setattr(owner, name, timed(getattr(owner, name), name))
+    schedule = scheduler.schedule
+
+    def noted(*arguments, **settings):
+        output = schedule(*arguments, **settings)
+        requests = len(output.num_scheduled_tokens)
+        row = {"at": time.perf_counter(), "running": len(scheduler.running), "waiting": len(scheduler.waiting)}
+        row |= {"requests": requests, "mixed": output.total_num_scheduled_tokens > requests, "spent": dict(seconds)}
+        steps.append(row)
+        return output
+
+    scheduler.schedule = noted
+
+
+def timed(call, name: str):
+    def call_and_count(*arguments, **settings):
+        begin = time.perf_counter()
+        try:
+            return call(*arguments, **settings)
+        finally:
+            seconds[name] += time.perf_counter() - begin
+
+    return call_and_count
+
+
+def report(model) -> dict[str, dict]:
+    return split_phases(steps)
+
+
+def split_phases(steps: list[dict]) -> dict[str, dict]:
+    """The steps until the engine is full, while requests wait, and after that: the tail of the longest responses.
+
+    Of each phase: seconds, steps, mixed steps (they prefill and decode at once), requests a step, and seconds by part.
+    """
+    most = max(step["running"] for step in steps)
+    full = next(i for i, step in enumerate(steps) if step["running"] >= 0.98 * most)
+    tail = next((i for i, step in enumerate(steps) if i > full and step["waiting"] == 0), len(steps) - 1)
+    phases = {}
+    for name, first, last in (("fill", 0, full), ("steady", full, tail), ("tail", tail, len(steps) - 1)):
+        part, begin, end = steps[first:last], steps[first], steps[last]
+        if part:
+            spent = {key: end["spent"].get(key, 0.0) - begin["spent"].get(key, 0.0) for key in TIMED}
+            mixed, requests = sum(step["mixed"] for step in part), sum(step["requests"] for step in part) / len(part)
+            counts = {"steps": len(part), "mixed": mixed, "requests": requests}
+            phases[name] = {"seconds": end["at"] - begin["at"], **counts, **spent}
+    return phases

@@ -1,0 +1,138 @@
+"""Before a run starts: its data read and checked, its examples chosen, its batches cut."""
+
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from lib.data import (
+    find_contamination,
+    load_evaluation_problems,
+    load_examples,
+    select_examples,
+    stratified_subset,
+)
+from lib.environment import describe_environment
+from lib.evaluation.engine import Engine, begin_vllm
+from lib.evaluation.evaluate import encode_prompts
+from lib.evaluation.form import check_form
+from lib.evaluation.memory import model_shape, policy_bytes
+from lib.evaluation.replica import Replica, start_replicas
+from lib.files import UserError
+from lib.model_files import hub_commit
+from lib.run.run import Run
+from lib.settings import RunConfig
+from lib.training.batching import encode, make_batches
+from lib.training.policy import load_tokenizer
+
+SUBSET_SEED = 0  # the validation subset is the same for every run, whatever its seed: runs are compared on it
+
+
+def prepare(config: RunConfig, start_workers: bool = False) -> Run:
+    """Read and check all data, choose the examples, and cut the batches; no model is loaded, nothing is written.
+
+    `start_workers`: start the engine's processes on a GPU, so that they import vLLM meanwhile.
+    """
+    replicas = start_replicas(config.eval_device, config.train_device, config.engines) if start_workers else []
+    try:
+        return _prepare(config, replicas)
+    except BaseException:
+        for replica in replicas:
+            replica.close()
+        raise
+
+
+def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
+    data_dir = Path(config.data_dir)
+    examples, template = load_examples(data_dir, config.prompt_template)
+    problems = load_evaluation_problems(data_dir, config.eval_split, examples)
+    # Among all traces, not only the chosen ones: runs of every n are compared on the same problems.
+    contamination = find_contamination(examples, problems)
+    if config.exclude_contaminated:
+        problems = contamination.leave_out(problems)
+    if config.n_val > len(problems):
+        raise UserError(f"n_val={config.n_val}: there are only {len(problems)} problems in this split")
+    problems = stratified_subset(problems, config.n_val_final, SUBSET_SEED)
+    subset = stratified_subset(problems, config.n_val, SUBSET_SEED)
+    training = select_examples(examples, config.n, config.filtered, config.seed)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code, config.revision)
+    check_form(tokenizer, config.model)
+    sequences = encode(training.examples, tokenizer, config.max_length)
+    batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
+    run = Run(
+        config=config,
+        replicas=replicas,
+        tokenizer=tokenizer,
+        template=template,
+        environment=describe_environment(config.train_device, config.eval_device)
+        | {"model_commit": hub_commit(config.model, config.revision)},
+        sizes={
+            **training.sizes,
+            "template": template.name,
+            "contamination": contamination.to_dict(config.exclude_contaminated),
+            "validation": len(problems),
+            "validation_subset": len(subset),
+            "train_steps": len(batches),
+            "train_tokens_per_epoch": sum(len(s.token_ids) for s in sequences),
+            "longest_example": max(len(s.token_ids) for s in sequences),
+        },
+        batches=batches,
+        problems=problems,
+        prompts=encode_prompts(problems, template, tokenizer),
+        subset_ids={p.id for p in subset},
+        shown_ids={p.id for p in stratified_subset(subset, config.log_generations, SUBSET_SEED)}
+        if config.log_generations
+        else set(),
+    )
+    _check_context_length(run)
+    return run
+
+
+def _check_context_length(run: Run) -> None:
+    config = run.config
+    model = AutoConfig.from_pretrained(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit is None:
+        return
+    if longest_evaluation(run) > limit:
+        longest_prompt = max(map(len, run.prompts))
+        raise UserError(
+            f"max_new_tokens={run.config.max_new_tokens}: with the longest prompt ({longest_prompt} tokens) "
+            f"more than the model's {limit} positions"
+        )
+    if run.sizes["longest_example"] > limit:
+        raise UserError(
+            f"max_length={run.config.max_length}: the longest example has {run.sizes['longest_example']} tokens, "
+            f"more than the model's {limit} positions"
+        )
+
+
+def longest_evaluation(run: Run) -> int:
+    """Tokens of the longest prompt and response together: the context that the engine must hold."""
+    return max(map(len, run.prompts)) + run.config.max_new_tokens
+
+
+def start_engine(run: Run, log_file: Path) -> Engine:
+    """Begin to start an engine for the run's model, with room for its longest prompt and response."""
+    config, reserved = run.config, 0
+    replicas, run.replicas = run.replicas, []  # they are the engine's from now on
+    if config.eval_device == config.train_device != "cpu":
+        shape = model_shape(config.model, config.trust_remote_code, config.revision)
+        reserved = policy_bytes(shape, config.microbatch_tokens)
+    return begin_vllm(
+        config.model,
+        config.eval_device,
+        config.train_device,
+        log_file=log_file,
+        precision=config.precision,
+        seed=config.seed,
+        max_model_len=longest_evaluation(run),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        reserved_bytes=reserved,
+        engines=config.engines,
+        replicas=replicas,
+        timeout=config.engine_timeout,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+    )
