@@ -98,7 +98,7 @@ class Execution:
         failed = self.output.with_suffix(".failed.ipynb")
         if self.process.returncode == 0:
             publish(self.partial, self.output)
-            self.log.unlink()
+            self.log.unlink(missing_ok=True)
             failed.unlink(missing_ok=True)
             return None
         notebook = read_notebook(self.partial)
@@ -201,7 +201,8 @@ def failure(notebook: nbformat.NotebookNode | None, log: Path, code: int) -> str
         for output in cell.get("outputs", []):
             if output.output_type == "error":
                 return one_line(f"{output.ename}: {output.evalue}")
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    printed = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = [line for line in printed.splitlines() if line.strip()]
     how = f"ended by signal {-code}" if code < 0 else f"exit status {code}"
     return one_line(f"{lines[-1].strip() if lines else 'papermill said nothing'} ({how})")
 

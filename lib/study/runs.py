@@ -25,6 +25,8 @@ class ThisMachine:
     `places`: parameters that say on which devices a run may be; each run takes those that the fewest others are on.
     """
 
+    longest_first = False
+
     def __init__(self, folder: Path, at_once: int = 1, places: tuple[dict, ...] = ({},)):
         self.folder, self.at_once, self.places = folder, at_once, places
         self.taken: dict[str, dict] = {}  # run -> its place
@@ -46,10 +48,12 @@ class ThisMachine:
 
 
 def run_all(runs: list[PlannedRun], folder: Path, machine, everything: int = 2048, every: float = 30.0) -> Outcome:
-    """Make the runs that are not finished yet on `machine` (`ThisMachine`, or a cluster with the same methods)."""
+    """Make the runs that are not finished yet on `machine` (`ThisMachine`, or `cluster.Cluster`)."""
     outcome = Outcome()
     progress = Progress([run for run in runs if not run.is_kept(folder)], everything, every)
     waiting = [(f"[{place}/{len(runs)}] {run.name:<10}", run) for place, run in enumerate(runs, start=1)]
+    if machine.longest_first:  # so that no long run is left alone at the end
+        waiting.sort(key=lambda pair: -progress.work(pair[1]))
     jobs: list[Job] = []
     try:
         with progress.bars:

@@ -12,8 +12,8 @@ import pytest
 
 from lib.files import PROJECT_ROOT
 from lib.settings import PROFILES
+from lib.study import choice, plan
 from lib.study import command as study
-from lib.study import plan
 
 PARAMETERS = """
 n = 256
@@ -21,6 +21,7 @@ filtered = False
 profile = "auto"
 seed = 0
 learning_rate = None
+batch_size = None
 epochs = 3
 overwrite = False
 runs_dir = None
@@ -94,7 +95,11 @@ def settle_stub(parameters: dict, defaults: dict) -> dict:
 
 
 def write_stub(path: Path) -> Path:
-    cells = [nbformat.v4.new_code_cell(text.strip()) for text in (PARAMETERS, BODY, BASE, WORK)]
+    return write_notebook(path, PARAMETERS, BODY, BASE, WORK)
+
+
+def write_notebook(path: Path, parameters: str, *cells: str) -> Path:
+    cells = [nbformat.v4.new_code_cell(text.strip()) for text in (parameters, *cells)]
     cells[0].metadata["tags"] = ["parameters"]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
@@ -133,6 +138,48 @@ def finished_run(folder, **parameters):
     (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
 
 
+# --- A tuning ------------------------------------------------------------------------------------------------------
+
+TUNING_PARAMETERS = """
+learning_rates = None
+batch_sizes = None
+epochs = 3
+profile = "auto"
+sleep = 0.0
+runs_dir = None
+run_name = "tuning"
+"""
+# Points that larger learning rates and batches make better, up to 0.002.
+TUNING = """
+import itertools, os, time
+from pathlib import Path
+from lib.files import append_lines, read_lines, write_json, write_lines
+
+time.sleep(sleep)
+folder = Path(runs_dir) / run_name
+(folder / "records").mkdir(parents=True, exist_ok=True)
+done = read_lines(folder / "tuning.jsonl")
+settings = {"epochs": epochs, "profile": profile}
+for rate, size in itertools.product(learning_rates, batch_sizes):
+    if (rate, size) in [(row["learning_rate"], row["batch_size"]) for row in done]:
+        continue
+    row = {"learning_rate": rate, "batch_size": size, "accuracy": rate * 100 + size / 1000, "by": os.getpid()}
+    write_lines(folder / "records" / f"{rate:g}-{size}.jsonl.gz", [{"id": "train/1", "correct": True}])
+    append_lines(folder / "tuning.jsonl", [row])
+best = max(read_lines(folder / "tuning.jsonl"), key=lambda row: row["accuracy"])
+choice = {"learning_rate": best["learning_rate"], "batch_size": best["batch_size"], "settings": settings}
+write_json(folder / "choice.json", choice | {"why": "the stub likes it"})
+"""
+
+
+@pytest.fixture(name="stub_tuning")
+def stub_tuning_notebook(tmp_path, monkeypatch):
+    """A tuning notebook without a model in the place of the real one."""
+    path = write_notebook(tmp_path / "tune.ipynb", TUNING_PARAMETERS, TUNING)
+    monkeypatch.setattr(choice, "TUNE_NOTEBOOK", path)
+    return path
+
+
 # --- A study as a process of its own ---------------------------------------------------------------------------------
 
 DRIVER = """
@@ -140,7 +187,7 @@ import sys
 from pathlib import Path
 sys.path.append("tests/study")
 from lib.study import command as study
-from lib.study import plan
+from lib.study import choice, plan
 from stub_study import settle_stub
 plan.TRAIN_NOTEBOOK = Path({stub!r})
 plan.settle = settle_stub

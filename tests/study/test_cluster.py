@@ -19,11 +19,13 @@ from stub_study import (  # noqa: F401
     start_study,
     started,
     stub_notebook,
+    stub_tuning_notebook,
     visits,
     wait_for_run,
 )
 
-from lib.files import PROJECT_ROOT, UserError
+from lib.files import PROJECT_ROOT, UserError, read_lines
+from lib.study.choice import GRIDS
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402
@@ -69,7 +71,7 @@ def test_runs_of_a_shared_folder_are_made_in_it(stub, tmp_path, nodes):
     words = ["--sizes", "128", "256", "512", "-p", "base_after", "1", "-p", "meet", "n128 n256 n512"]
     outcome = made(stub, folder, *words, "--ray", nodes.address, *EACH)
     assert (sorted(outcome.finished), outcome.failed) == (["n128", "n256", "n512"], {})
-    assert (folder / "base-0123/measured_by").read_text() == "n128\n"
+    assert (folder / "base-0123/measured_by").read_text() == "n512\n", "the longest run begins"
     names = ["n128", "n256", "n512"]
     expected = {"base-0123", "ray.log", *names, *(f"{name}.ipynb" for name in names)}
     assert {path.name for path in folder.iterdir()} == expected
@@ -95,17 +97,18 @@ def test_without_a_shared_folder_each_run_comes_back_whole(stub, tmp_path, nodes
         "ray.log",
     ]
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".nobody")) == names
-    assert (folder / "base-0123/measured_by").read_text() == "n128\n"
-    assert started(folder / "n256") < ended(folder / "n128"), "they were at work at the same time"
+    assert (folder / "base-0123/measured_by").read_text() == "n512\n"
+    assert started(folder / "n256") < ended(folder / "n512"), "they were at work at the same time"
     for path in [*folder.glob("*.ipynb"), *folder.glob("*/*.json")]:
-        assert cluster.SCRATCH not in path.read_text()
-    assert f'runs_dir = "{folder}"' in "".join(cell.source for cell in nbformat.read(folder / "n128.ipynb", 4).cells)
-    assert not list(Path("/tmp").glob(f"{cluster.SCRATCH}*"))
+        assert "scratch-" not in path.read_text() and "/ray/" not in path.read_text()
+    assert f'runs_dir = "{folder}"' in "".join(cell.source for cell in nbformat.read(folder / "n512.ipynb", 4).cells)
+    copies = Path(nodes.head_node.get_session_dir_path()) / "runtime_resources/working_dir_files"
+    assert list(copies.glob("*/lib")) and not list(copies.glob("*/scratch-*"))
 
     again = made(stub, folder, *words[:-3], "--ray", nodes.address, *EACH)
-    assert (again.kept, again.finished) == (["n128", "n256"], ["n512"])
-    assert visits(folder / "n512") == 1, "the failed run was replaced"
-    assert sorted(path.name for path in folder.glob("n512*")) == ["n512", "n512.ipynb"]
+    assert (again.kept, again.finished) == (["n512", "n256"], ["n128"])
+    assert visits(folder / "n128") == 1, "the failed run was replaced"
+    assert sorted(path.name for path in folder.glob("n128*")) == ["n128", "n128.ipynb"]
 
 
 def test_two_studies_on_one_cluster_do_not_mix(stub, tmp_path, nodes):
@@ -149,6 +152,22 @@ def test_other_code_on_the_nodes_is_not_used(stub, tmp_path, nodes, monkeypatch)
     assert not (folder / "n256").exists()
 
 
+@pytest.mark.parametrize("where", ["shared", "apart"])
+def test_points_of_a_tuning_are_tasks(stub, tmp_path, nodes, stub_tuning, monkeypatch, where):
+    if where == "apart":
+        monkeypatch.setattr(cluster, "MARKER", ".nobody-looks-here")
+    folder = tmp_path / "runs"
+    outcome = made(stub, folder, "--tune", "--sizes", "128", "--ray", nodes.address, *EACH)
+    assert outcome.finished == ["n128"]
+    assert json.loads((folder / "n128/config.json").read_text())["parameters"]["learning_rate"] == 0.002
+    rows = read_lines(folder / "tuning/tuning.jsonl")
+    grid = {(rate, size) for rate in GRIDS["mini"]["learning_rates"] for size in GRIDS["mini"]["batch_sizes"]}
+    assert {(row["learning_rate"], row["batch_size"]) for row in rows} == grid and len(rows) == 6
+    assert len({row["by"] for row in rows}) == 6, "each in a process of its own"
+    assert len(list((folder / "tuning/records").iterdir())) == 6
+    assert sorted(path.name for path in folder.glob("tuning*")) == ["tuning", "tuning.ipynb"]
+
+
 # --- Faults --------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +202,7 @@ def test_a_stopped_study_leaves_nothing_on_the_nodes_and_goes_on(stub, tmp_path,
     words = ["--runs-dir", str(folder), "--sizes", "128", "256", "512", "--ray", nodes.address, *EACH]
     study = start_study(stub, *words, "-p", "sleep", "60")
     try:
-        pids = wait_for_run(folder / "n128") + wait_for_run(folder / "n256")
+        pids = wait_for_run(folder / "n512") + wait_for_run(folder / "n256")
         study.send_signal(number)
         assert study.wait(60) == (130 if number == signal.SIGTERM else -9)
     finally:
@@ -250,7 +269,9 @@ def test_the_share_of_a_run(nodes, asked, share):
     assert cluster.share_of_a_run(nodes, *asked) == share
 
 
-@pytest.mark.parametrize(("asked", "said"), [((2, None), "2 GPUs"), ((None, 9), "9 cores"), ((1, 1), "1 GPUs")])
+@pytest.mark.parametrize(
+    ("asked", "said"), [((2, None), "2 GPUs"), ((None, 9), "9 cores"), ((1, 1), "1 GPUs and 1 cores")]
+)
 def test_a_run_that_fits_no_node_is_refused(asked, said):
     with pytest.raises(UserError, match=f"no node of the cluster has {said}"):
         cluster.share_of_a_run([{"CPU": 4}, {"CPU": 8}], *asked)
