@@ -1,11 +1,14 @@
 """Which point of a tuning grid to take: compared on the same problems, and handed on to the study."""
 
-from dataclasses import dataclass
+import itertools
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from lib.files import PROJECT_ROOT, UserError, read_json, read_lines, shorten_path, write_json
+from lib.files import PROJECT_ROOT, UserError, append_lines, read_json, read_lines, shorten_path, write_json
 from lib.report.statistics import holm, paired_difference
 from lib.study.plan import PlannedRun, compare
 
@@ -25,20 +28,49 @@ OF_ITS_OWN |= {"samples_per_problem", "exclude_contaminated"}
 class PlannedTuning(PlannedRun):
     """The tuning notebook as something that a study makes: finished once it has chosen."""
 
+    measures_base: ClassVar[bool] = False
+
     def is_finished(self, folder: Path) -> bool:
         return (folder / self.name / "choice.json").is_file()
 
     def steps(self, folder: Path) -> tuple[int, int]:
         """Points of the grid that are trained, and all of them."""
-        points = len(self.parameters["learning_rates"]) * len(self.parameters["batch_sizes"])
-        return len(read_lines(folder / self.name / "tuning.jsonl")), points
+        rates, sizes = self.grid
+        return len(read_lines(folder / self.name / "tuning.jsonl")), len(rates) * len(sizes)
+
+    @property
+    def grid(self) -> tuple[list[float], list[int]]:
+        return self.parameters["learning_rates"], self.parameters["batch_sizes"]
+
+    def points(self, folder: Path) -> list["PlannedTuning"]:
+        """Each point that is still to be trained as a tuning of its own, for several at a time."""
+        done = [(row["learning_rate"], row["batch_size"]) for row in read_lines(folder / self.name / "tuning.jsonl")]
+        planned = []
+        for rate, size in itertools.product(*self.grid):
+            name = f"{self.name}-{rate:g}-{size}"
+            own = {"learning_rates": [rate], "batch_sizes": [size], "run_name": name}
+            planned += [] if (rate, size) in done else [replace(self, name=name, parameters=self.parameters | own)]
+        return planned
 
 
 def plan_tuning(runs_dir: Path, shared: dict, settings: dict) -> PlannedTuning:
     """The tuning of a study whose runs share these parameters and resolved settings."""
     passed = {k: v for k, v in shared.items() if k not in OF_ITS_OWN | {"overwrite", "wandb_mode"}}
-    own = {**GRIDS[settings["profile"]], "runs_dir": shorten_path(str(runs_dir))}
+    own = {**GRIDS[settings["profile"]], "runs_dir": shorten_path(runs_dir)}
     return PlannedTuning("tuning", passed | own, TUNE_NOTEBOOK)
+
+
+def gather(tuning: PlannedTuning, points: list[PlannedTuning], folder: Path) -> None:
+    """Put what was trained point by point where the whole tuning keeps it."""
+    whole = folder / tuning.name
+    (whole / "records").mkdir(parents=True, exist_ok=True)
+    for point in points:
+        if point.is_finished(folder):
+            for records in (folder / point.name / "records").iterdir():
+                records.replace(whole / "records" / records.name)
+            append_lines(whole / "tuning.jsonl", read_lines(folder / point.name / "tuning.jsonl"))
+            shutil.rmtree(folder / point.name)
+            (folder / f"{point.name}.ipynb").unlink(missing_ok=True)
 
 
 def read_choice(folder: Path, settings: dict) -> dict:
@@ -47,13 +79,11 @@ def read_choice(folder: Path, settings: dict) -> dict:
     found = read_json(path)
     made = {name: value for name, value in found.get("settings", {}).items() if name not in OF_ITS_OWN}
     if not made or not all(name in found for name in CHOSEN):
-        raise UserError(
-            f"{shorten_path(str(path))}: does not say for which settings it was made; delete it to tune again"
-        )
+        raise UserError(f"{shorten_path(path)}: does not say for which settings it was made; delete it to tune again")
     if changed := compare(made, settings):
         raise UserError(
-            f"{shorten_path(str(path))}: chosen for other settings ({'; '.join(changed)}); ask for the same, choose "
-            f"another --runs-dir, or delete {shorten_path(str(folder))}"
+            f"{shorten_path(path)}: chosen for other settings ({'; '.join(changed)}); ask for the same, choose "
+            f"another --runs-dir, or delete {shorten_path(folder)}"
         )
     return found
 

@@ -35,7 +35,7 @@ def notebook_parameters(notebook: Path) -> dict:
     from papermill import inspect_notebook
 
     if not Path(notebook).is_file():
-        raise UserError(f"there is no notebook {shorten_path(str(notebook))}")
+        raise UserError(f"there is no notebook {shorten_path(notebook)}")
     return {name: read_value(found["default"]) for name, found in inspect_notebook(str(notebook)).items()}
 
 
@@ -52,11 +52,19 @@ class Execution:
 
     The executed notebook appears under `output` only when it is whole; a failed one as `<name>.failed.ipynb`, with what
     its process printed in `<name>.log`. Whatever happens in between, `end` leaves nothing of it behind.
-    `owner`: the folder that it works for.
+    `owner`: the folder that it works for; `environment`: of its process, this one's if None.
     """
 
-    def __init__(self, notebook: Path, output: Path, parameters: dict, owner: Path, environment: dict | None = None):
-        self.output, self.owner = output, owner
+    def __init__(
+        self,
+        notebook: Path,
+        output: Path,
+        parameters: dict,
+        owner: Path,
+        environment: dict | None = None,
+        project: Path = PROJECT_ROOT,
+    ):
+        self.output, self.owner, self.project = output, owner, project
         self.environment = os.environ if environment is None else environment
         self.partial = output.with_name(f".{output.stem}.partial.ipynb")
         self.log = output.with_suffix(".log")
@@ -69,7 +77,7 @@ class Execution:
         with open(self.log, "w", encoding="utf-8") as printed:
             self.process = subprocess.Popen(
                 self.command,
-                cwd=PROJECT_ROOT,
+                cwd=self.project,
                 env={**self.environment, FOLDER: str(self.owner), OWNER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
@@ -90,7 +98,7 @@ class Execution:
         failed = self.output.with_suffix(".failed.ipynb")
         if self.process.returncode == 0:
             publish(self.partial, self.output)
-            self.log.unlink()
+            self.log.unlink(missing_ok=True)
             failed.unlink(missing_ok=True)
             return None
         notebook = read_notebook(self.partial)
@@ -182,7 +190,7 @@ def publish(partial: Path, output: Path) -> None:
     """Give an executed notebook its final name in one step, and the paths in its metadata as the project sees them."""
     notebook = nbformat.read(partial, as_version=4)
     recorded = notebook.metadata.get("papermill", {})
-    recorded.update(input_path=shorten_path(recorded.get("input_path", "")), output_path=shorten_path(str(output)))
+    recorded.update(input_path=shorten_path(recorded.get("input_path", "")), output_path=shorten_path(output))
     nbformat.write(notebook, partial)
     partial.replace(output)
 
@@ -193,7 +201,8 @@ def failure(notebook: nbformat.NotebookNode | None, log: Path, code: int) -> str
         for output in cell.get("outputs", []):
             if output.output_type == "error":
                 return one_line(f"{output.ename}: {output.evalue}")
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    printed = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = [line for line in printed.splitlines() if line.strip()]
     how = f"ended by signal {-code}" if code < 0 else f"exit status {code}"
     return one_line(f"{lines[-1].strip() if lines else 'papermill said nothing'} ({how})")
 

@@ -25,9 +25,9 @@ def make_report(folder: Path, again: bool = False) -> Path:
     inputs = fingerprint(folder)
     if not again and page.is_file() and read_json(notebook).get("metadata", {}).get("inputs") == inputs:
         return page
-    reason = execute(ANALYSIS_NOTEBOOK, notebook, {"runs_dir": shorten_path(str(folder))}, folder)
+    reason = execute(ANALYSIS_NOTEBOOK, notebook, {"runs_dir": shorten_path(folder)}, folder)
     if reason:
-        raise UserError(f"the report could not be made: {reason} (see {shorten_path(str(folder))}/report.failed.ipynb)")
+        raise UserError(f"the report could not be made: {reason} (see {shorten_path(folder)}/report.failed.ipynb)")
     content = nbformat.read(notebook, as_version=4)
     content.metadata["inputs"] = inputs
     to_html(content, page, "Supervised fine-tuning on MATH: report")

@@ -3,6 +3,7 @@
 import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from lib.files import PROJECT_ROOT, UserError, absolute, is_finished, read_json, shorten_path
 from lib.settings import changed_settings, default_run_name, resolve
@@ -20,6 +21,7 @@ class PlannedRun:
     name: str
     parameters: dict
     notebook: Path
+    measures_base: ClassVar[bool] = True  # unless the study's folder has the base
 
     def is_finished(self, folder: Path) -> bool:
         return is_finished(folder / self.name)
@@ -47,7 +49,7 @@ def plan(runs_dir, sizes=SIZES, seeds=(0,), shared=None, counts=None) -> list[Pl
             n, filtered = read_size(size, counts)
             name = default_run_name(n, filtered, seed)
             own = {"n": n, "filtered": filtered, "seed": seed, "run_name": name}
-            parameters = {**(shared or {}), **own, "runs_dir": shorten_path(str(runs_dir))}
+            parameters = {**(shared or {}), **own, "runs_dir": shorten_path(runs_dir)}
             runs[name] = PlannedRun(name, parameters, TRAIN_NOTEBOOK)
     return list(runs.values())
 
@@ -152,7 +154,7 @@ def refuse_conflicts(runs: list[PlannedRun], folder: Path, settings: dict) -> No
     conflicts = []
     for run in runs:
         if run.is_kept(folder) and (found := differences(run, folder / run.name, settings)):
-            conflicts.append(f"  {shorten_path(str(folder / run.name))}: {'; '.join(found)}")
+            conflicts.append(f"  {shorten_path(folder / run.name)}: {'; '.join(found)}")
     if conflicts:
         raise UserError(
             "finished runs differ from what is asked for:\n" + "\n".join(conflicts) + "\n"

@@ -62,7 +62,7 @@ class Progress:
 
     def work(self, run: PlannedRun) -> float:
         """Examples that a run sees, and as many as take about as long as its engine's start and its evaluations."""
-        n = run.parameters["n"]
+        n = run.parameters.get("n", "all")  # a tuning's is the notebook's default
         return (self.everything if n == "all" else n) * (run.parameters.get("epochs") or 1) + self.everything / 4
 
     def say(self, text: str) -> None:

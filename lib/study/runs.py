@@ -25,6 +25,8 @@ class ThisMachine:
     `places`: parameters that say on which devices a run may be; each run takes those that the fewest others are on.
     """
 
+    longest_first = False
+
     def __init__(self, folder: Path, at_once: int = 1, places: tuple[dict, ...] = ({},)):
         self.folder, self.at_once, self.places = folder, at_once, places
         self.taken: dict[str, dict] = {}  # run -> its place
@@ -41,17 +43,22 @@ class ThisMachine:
     def end(self, executions: list[Execution]) -> None:
         end(executions)
 
+    def close(self) -> None:
+        """Nothing stays open."""
+
 
 def run_all(runs: list[PlannedRun], folder: Path, machine, everything: int = 2048, every: float = 30.0) -> Outcome:
-    """Make the runs that are not finished yet on `machine` (`ThisMachine`, or a cluster with the same methods)."""
+    """Make the runs that are not finished yet on `machine` (`ThisMachine`, or `cluster.Cluster`)."""
     outcome = Outcome()
     progress = Progress([run for run in runs if not run.is_kept(folder)], everything, every)
     waiting = [(f"[{place}/{len(runs)}] {run.name:<10}", run) for place, run in enumerate(runs, start=1)]
+    if machine.longest_first:  # so that no long run is left alone at the end
+        waiting.sort(key=lambda pair: -progress.work(pair[1]))
     jobs: list[Job] = []
     try:
         with progress.bars:
             while waiting or jobs:
-                while waiting and len(jobs) < room(folder, machine.at_once):
+                while waiting and len(jobs) < room(folder, machine.at_once, waiting[0][1]):
                     label, run = waiting.pop(0)
                     if run.is_kept(folder):
                         outcome.kept.append(run.name)
@@ -73,11 +80,11 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, everything: int = 204
     return outcome
 
 
-def room(folder: Path, at_once: int) -> int:
-    """How many runs may be at work at a time."""
+def room(folder: Path, at_once: int, run: PlannedRun) -> int:
+    """How many runs may be at work at a time, before `run` starts."""
     # The untrained base is measured by the first run and reused by the others: side by side, each would measure it. So
     # runs go one by one until some base is there. One that needs another base measures it itself: right, only slower.
-    return at_once if any(folder.glob("base-*/settings.json")) else 1
+    return at_once if any(folder.glob("base-*/settings.json")) or not run.measures_base else 1
 
 
 def conclude(job: Job, folder: Path, outcome: Outcome, progress: Progress) -> None:
@@ -85,7 +92,7 @@ def conclude(job: Job, folder: Path, outcome: Outcome, progress: Progress) -> No
     path, took = folder / job.run.name, spell(time.monotonic() - job.started)
     reason = job.execution.result()
     if reason is None and not job.run.is_finished(folder):
-        reason = f"the notebook ran to its end, but {shorten_path(str(path))} has no result"
+        reason = f"the notebook ran to its end, but {shorten_path(path)} has no result"
     progress.over(job)
     if reason is None:
         outcome.finished.append(job.run.name)

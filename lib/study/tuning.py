@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lib.evaluation import engine as engines
+from lib.evaluation.engine import shutdown
 from lib.evaluation.evaluate import summarize
 from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.files import UserError, append_lines, read_lines, shorten_path, write_lines
@@ -16,8 +16,10 @@ from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.run.evaluations import PROOF_PROMPTS, answer
 from lib.run.prepare import prepare, start_engine
-from lib.settings import INCIDENTAL, RunConfig, changed_settings
+from lib.run.run import Run, RunError
+from lib.settings import INCIDENTAL, RunConfig
 from lib.study.choice import CHOSEN, records_file
+from lib.study.plan import compare
 from lib.training.policy import load_policy
 from lib.training.steps import make_optimizer, train_steps
 
@@ -32,16 +34,13 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
     it. `config.eval_split` should be 'tuning', so that nothing is chosen on validation problems.
     """
     check_grid(learning_rates, batch_sizes)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "records").mkdir(exist_ok=True)
+    (folder / "records").mkdir(parents=True, exist_ok=True)
     path, log_file = folder / "tuning.jsonl", folder / "run.log"
     rows = read_lines(path)
     _refuse_other_settings(rows, config, path)
     done = {(row["learning_rate"], row["batch_size"]): row for row in rows}
     grid = list(itertools.product(learning_rates, batch_sizes))
-    runs = {
-        point: prepare(config.model_copy(update={"learning_rate": point[0], "batch_size": point[1]})) for point in grid
-    }
+    runs = {size: prepare(config.model_copy(update={"batch_size": size})) for size in batch_sizes}
     yield from (done[point] for point in grid if point in done)
     left = [point for point in grid if point not in done]
     if not left:
@@ -50,16 +49,18 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
     with captured(log_file):
         policy = load_policy(config.model, config.train_device, config.trust_remote_code, config.revision)
     base = copy.deepcopy(policy.state_dict())
-    engine = start_engine(runs[left[0]], log_file)
+    engine = start_engine(runs[batch_sizes[0]], log_file)
     try:
-        for point in left:
+        for rate, size in left:
+            run = runs[size]
+            run.config, run.engine = run.config.model_copy(update={"learning_rate": rate}), engine
             policy.load_state_dict(base)
-            row, records = _train_and_evaluate(policy, engine, runs[point])
+            row, records = _train_and_evaluate(policy, run)
             write_lines(records_file(folder, row), records)
             append_lines(path, [row])
             yield row
     finally:
-        engines.shutdown(engine)
+        shutdown(engine)
         stop_workers()
 
 
@@ -82,24 +83,25 @@ def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> N
     asked = _settings(config)
     for number, row in enumerate(rows, start=1):
         made = row.get("settings", {})
-        if changed := changed_settings(made, asked) or not made:
+        if changed := compare(made, asked) or not made:
             raise UserError(
-                f"{shorten_path(str(path))}, line {number}: made with other settings "
+                f"{shorten_path(path)}, line {number}: made with other settings "
                 f"({'; '.join(changed) if made else 'it does not say which'}); ask for the same, choose another "
                 "runs_dir, or delete the file"
             )
 
 
-def _train_and_evaluate(policy: torch.nn.Module, engine: engines.Engine, run) -> tuple[dict, list[dict]]:
+def _train_and_evaluate(policy: torch.nn.Module, run: Run) -> tuple[dict, list[dict]]:
     """The line of one point of the grid, and a record (without its text) for each tuning problem."""
     config, started = run.config, time.perf_counter()
     optimizer = make_optimizer(policy, config.weight_decay)
     metrics = list(train_steps(policy, optimizer, run.batches, config.optimization, run.sizes["selected"]))
-    load_policy_into_vllm_instance(policy, engine)
-    prove_sync(policy, engine, run.prompts[:PROOF_PROMPTS])
-    run.engine = engine
+    load_policy_into_vllm_instance(policy, run.engine)
+    prove_sync(policy, run.engine, run.prompts[:PROOF_PROMPTS])
     records = answer(run, final=False, seed=config.seed)["sampled"].records
     summary = summarize(records)
+    if summary["failed"]:
+        raise RunError(f"{summary['failed']} responses of a point failed in the engine; run the same again")
     last = metrics[-max(1, len(metrics) // 10) :]
     row = {
         "learning_rate": config.learning_rate,

@@ -1,14 +1,19 @@
 """A train notebook without a model, and a study of it: what the tests of this room run in train.ipynb's place."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
+from lib.files import PROJECT_ROOT
 from lib.settings import PROFILES
+from lib.study import choice, plan
 from lib.study import command as study
-from lib.study import plan
 
 PARAMETERS = """
 n = 256
@@ -16,11 +21,13 @@ filtered = False
 profile = "auto"
 seed = 0
 learning_rate = None
+batch_size = None
 epochs = 3
 overwrite = False
 runs_dir = None
 run_name = None
 fail_at = None
+data_dir = None
 sleep = 0.0
 base_after = None
 meet = ""
@@ -38,7 +45,8 @@ config["learning_rate"] = learning_rate or 0.001
 config["profile"] = "mini" if profile == "auto" else profile
 (folder / "config.json").write_text(json.dumps({"parameters": config, "data": {"train_steps": 4}}))
 with open(folder / "visits.jsonl", "a") as visits:
-    visits.write(json.dumps({"pid": os.getpid(), "started": time.time()}) + "\\n")
+    here = {"cwd": os.getcwd()} | {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+    visits.write(json.dumps({"pid": os.getpid(), "started": time.time(), **here}) + "\\n")
 """
 # The untrained base is measured by the run that finds none; then the run waits for those that it is to `meet`.
 BASE = """
@@ -87,7 +95,11 @@ def settle_stub(parameters: dict, defaults: dict) -> dict:
 
 
 def write_stub(path: Path) -> Path:
-    cells = [nbformat.v4.new_code_cell(text.strip()) for text in (PARAMETERS, BODY, BASE, WORK)]
+    return write_notebook(path, PARAMETERS, BODY, BASE, WORK)
+
+
+def write_notebook(path: Path, parameters: str, *cells: str) -> Path:
+    cells = [nbformat.v4.new_code_cell(text.strip()) for text in (parameters, *cells)]
     cells[0].metadata["tags"] = ["parameters"]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
@@ -124,3 +136,84 @@ def finished_run(folder, **parameters):
     given = {"n": 128, "filtered": False, "seed": 0, "profile": "mini", "learning_rate": 0.001, "epochs": 3}
     (folder / "config.json").write_text(json.dumps({"parameters": {**given, **parameters}}))
     (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
+
+
+# --- A tuning ------------------------------------------------------------------------------------------------------
+
+TUNING_PARAMETERS = """
+learning_rates = None
+batch_sizes = None
+epochs = 3
+profile = "auto"
+sleep = 0.0
+runs_dir = None
+run_name = "tuning"
+"""
+# Points that larger learning rates and batches make better, up to 0.002.
+TUNING = """
+import itertools, os, time
+from pathlib import Path
+from lib.files import append_lines, read_lines, write_json, write_lines
+
+time.sleep(sleep)
+folder = Path(runs_dir) / run_name
+(folder / "records").mkdir(parents=True, exist_ok=True)
+done = read_lines(folder / "tuning.jsonl")
+settings = {"epochs": epochs, "profile": profile}
+for rate, size in itertools.product(learning_rates, batch_sizes):
+    if (rate, size) in [(row["learning_rate"], row["batch_size"]) for row in done]:
+        continue
+    row = {"learning_rate": rate, "batch_size": size, "accuracy": rate * 100 + size / 1000, "by": os.getpid()}
+    write_lines(folder / "records" / f"{rate:g}-{size}.jsonl.gz", [{"id": "train/1", "correct": True}])
+    append_lines(folder / "tuning.jsonl", [row])
+best = max(read_lines(folder / "tuning.jsonl"), key=lambda row: row["accuracy"])
+choice = {"learning_rate": best["learning_rate"], "batch_size": best["batch_size"], "settings": settings}
+write_json(folder / "choice.json", choice | {"why": "the stub likes it"})
+"""
+
+
+@pytest.fixture(name="stub_tuning")
+def stub_tuning_notebook(tmp_path, monkeypatch):
+    """A tuning notebook without a model in the place of the real one."""
+    path = write_notebook(tmp_path / "tune.ipynb", TUNING_PARAMETERS, TUNING)
+    monkeypatch.setattr(choice, "TUNE_NOTEBOOK", path)
+    return path
+
+
+# --- A study as a process of its own ---------------------------------------------------------------------------------
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.append("tests/study")
+from lib.study import command as study
+from lib.study import choice, plan
+from stub_study import settle_stub
+plan.TRAIN_NOTEBOOK = Path({stub!r})
+plan.settle = settle_stub
+plan.count_rows = lambda settings: 2048
+study.make_report = lambda folder, again: folder / "report.html"
+{more}
+sys.exit(study.main(sys.argv[1:]))
+"""
+
+
+def start_study(stub: Path, *words: str, more: str = "", **options) -> subprocess.Popen:
+    """The command in a process of its own; `more`: Python to run before it."""
+    code = DRIVER.format(stub=str(stub), more=more)
+    return subprocess.Popen([sys.executable, "-c", code, *words], cwd=PROJECT_ROOT, **options)
+
+
+def wait_for_run(folder: Path) -> list[int]:
+    """Process ids of the kernel and of its engine, once both run."""
+    for _ in range(300):
+        if (folder / "engine.pid").is_file() and (folder / "engine.pid").read_text():
+            time.sleep(0.7)  # longer than the study's own look at its processes
+            kernel = json.loads((folder / "visits.jsonl").read_text().splitlines()[0])["pid"]
+            return [kernel, int((folder / "engine.pid").read_text())]
+        time.sleep(0.1)
+    raise AssertionError("the stub's run did not start")
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -173,7 +173,11 @@ def test_the_study_s_folder(elsewhere, given, meant):
 
 def test_a_study_s_folder_that_is_none_is_refused(elsewhere, capsys):
     (elsewhere / "work/file").write_text("")
-    for given, said in (("file", "is a file, not a folder"), ("", "must name a folder"), (" ", "must name a folder")):
+    for given, said in (
+        ("file", "can't be locked: File exists"),
+        ("", "must name a folder"),
+        (" ", "must name a folder"),
+    ):
         assert study.main([f"--runs-dir={given}", "--profile", "mini"]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: --runs-dir") and said in error

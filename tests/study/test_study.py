@@ -3,18 +3,25 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
-import psutil
 import pytest
-from stub_study import ended, made, put_base, started, stub_notebook, visits  # noqa: F401
+from stub_study import (  # noqa: F401
+    alive,
+    ended,
+    made,
+    put_base,
+    start_study,
+    started,
+    stub_notebook,
+    stub_tuning_notebook,
+    visits,
+    wait_for_run,
+)
 
-from lib.files import PROJECT_ROOT, UserError
+from lib.files import UserError
 from lib.study import execution as notebooks
 from lib.study import plan, runs
 
@@ -51,27 +58,11 @@ def test_a_dead_kernel_is_a_failure_of_that_run(tmp_path):
     assert not (tmp_path / "out.ipynb").exists()
 
 
-DRIVER = """
-import sys
-from pathlib import Path
-sys.path.append("tests/study")
-from lib.study import command as study
-from lib.study import plan
-from stub_study import settle_stub
-plan.TRAIN_NOTEBOOK = Path({stub!r})
-plan.settle = settle_stub
-plan.count_rows = lambda settings: 2048
-study.make_report = lambda folder, again: folder / "report.html"
-sys.exit(study.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_study_leaves_no_process_and_goes_on_where_it_stopped(stub, tmp_path, number):
     folder = tmp_path / "runs"
-    driver = textwrap.dedent(DRIVER).format(stub=str(stub))
     words = ["--runs-dir", str(folder), "--sizes", "128", "256"]
-    process = subprocess.Popen([sys.executable, "-c", driver, *words, "-p", "sleep", "60"], cwd=PROJECT_ROOT)
+    process = start_study(stub, *words, "-p", "sleep", "60")
     try:
         pids = wait_for_run(folder / "n128")
         with pytest.raises(UserError, match=f"process {process.pid} is at work"):
@@ -87,21 +78,6 @@ def test_a_stopped_study_leaves_no_process_and_goes_on_where_it_stopped(stub, tm
     assert outcome.finished == ["n128"]
     assert not [pid for pid in pids if alive(pid)]
     assert (folder / "n128.ipynb").is_file() and not list(folder.glob(".*partial*"))
-
-
-def wait_for_run(folder: Path) -> list[int]:
-    """Process ids of the kernel and of its engine, once both run."""
-    for _ in range(300):
-        if (folder / "engine.pid").is_file() and (folder / "engine.pid").read_text():
-            time.sleep(0.7)  # longer than the study's own look at its processes
-            kernel = json.loads((folder / "visits.jsonl").read_text().splitlines()[0])["pid"]
-            return [kernel, int((folder / "engine.pid").read_text())]
-        time.sleep(0.1)
-    raise AssertionError("the stub's run did not start")
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 # --- Side by side --------------------------------------------------------------------------------------------------
@@ -158,9 +134,8 @@ def test_a_run_that_fails_beside_another_leaves_it_alone_and_the_rest_goes_on(st
 def test_a_stopped_study_ends_every_run_at_work_and_goes_on_with_them(stub, tmp_path):
     folder = tmp_path / "runs"
     put_base(folder)
-    driver = textwrap.dedent(DRIVER).format(stub=str(stub))
     words = ["--runs-dir", str(folder), "--sizes", "128", "256", "--jobs", "2"]
-    process = subprocess.Popen([sys.executable, "-c", driver, *words, "-p", "sleep", "60"], cwd=PROJECT_ROOT)
+    process = start_study(stub, *words, "-p", "sleep", "60")
     try:
         pids = wait_for_run(folder / "n128") + wait_for_run(folder / "n256")
         process.send_signal(signal.SIGTERM)
@@ -190,3 +165,96 @@ def test_runs_side_by_side_use_two_gpus_evenly(stub, tmp_path):
     runs.run_all(four, tmp_path, machine)
     made_with = [json.loads((tmp_path / run.name / "config.json").read_text())["parameters"] for run in four]
     assert [parameters["learning_rate"] for parameters in made_with] == [0.1, 0.2, 0.1, 0.2]
+
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU of 80 GiB and a model of 1.5 B parameters."""
+    memory = pytest.importorskip("lib.evaluation.memory")
+    shape = memory.Shape(1_543_714_304, 2 * 28 * 2 * 128, 28, 1536, 8960)
+    monkeypatch.setattr(memory, "card_memory", lambda device: (80 * GIB, 80 * GIB))
+    monkeypatch.setattr(memory, "model_shape", lambda *_: shape)
+    settings = {"model": "any", "revision": None, "trust_remote_code": False, "microbatch_tokens": 16384}
+    return settings | {"train_device": "cuda:0", "eval_device": "cuda:1", "gpu_memory_utilization": None}
+
+
+def test_engines_of_runs_side_by_side_share_what_the_policies_leave(card):
+    """Recomputed from what a run was seen to take: 37 GB at its peak, and nine tenths of a card are given out."""
+    share = runs.engine_share(card, 2, places=2)
+    assert 0.2 < share < 0.45, "0.45 has failed beside the other run's policy, 0.3 has worked"
+    assert share * 80 * GIB + 37.2e9 < 80 * GIB
+    assert runs.engine_share(card, 1, places=1) is None, "a run by itself plans at its engine's start"
+    assert runs.engine_share(card | {"gpu_memory_utilization": 0.2}, 2, places=2) is None, "the user's counts"
+    assert runs.engine_share(card | {"eval_device": "cpu", "train_device": "cpu"}, 2, places=1) is None
+    apart = runs.engine_share(card, 2, places=1)  # both policies on one card, both engines on the other
+    assert apart == pytest.approx(0.45, abs=0.01)
+    small = card | {"microbatch_tokens": 1024, "train_device": "cuda:1"}
+    assert 0 < runs.engine_share(small, 2, places=1) < share, "two of each on one card"
+    with pytest.raises(UserError, match=r"--jobs 4: 2 policies on a GPU need .* lower it, or -p microbatch_tokens"):
+        runs.engine_share(card, 4, places=2)
+
+
+def test_a_run_is_told_its_share(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.study.command.engine_share", lambda *_: 0.25)
+    put_base(tmp_path / "runs")
+    made(stub, tmp_path / "runs", "--sizes", "128", "--jobs", "2")
+    notebook = nbformat.read(tmp_path / "runs/n128.ipynb", as_version=4)
+    assert "gpu_memory_utilization = 0.25" in "".join(cell.source for cell in notebook.cells)
+
+
+# --- Tuning first --------------------------------------------------------------------------------------------------
+
+
+def test_the_study_tunes_first_and_takes_the_choice(stub, tmp_path, stub_tuning, capsys):
+    folder = tmp_path / "runs"
+    outcome = made(stub, folder, "--tune", "--sizes", "128", "-p", "epochs", "2")
+    assert outcome.finished == ["n128"]
+    parameters = json.loads((folder / "n128/config.json").read_text())["parameters"]
+    assert (parameters["learning_rate"], parameters["epochs"]) == (0.002, 2)
+    said = capsys.readouterr().out
+    assert "tuning     finished" in said
+    assert "tuning/choice.json: learning_rate 0.002, batch_size 16. Chosen for: the stub likes it." in said
+    again = made(stub, folder, "--tune", "--sizes", "128", "256", "-p", "epochs", "2")
+    assert (again.kept, again.finished) == (["n128"], ["n256"])
+    assert "tuning     " not in capsys.readouterr().out.split("[")[1], "it is not made again"
+    with pytest.raises(UserError, match=r"chosen for other settings .*epochs is 2 there, 5 is asked for"):
+        made(stub, folder, "--tune", "--sizes", "512", "-p", "epochs", "5")
+
+
+def test_what_the_user_gives_wins_over_the_choice(stub, tmp_path, stub_tuning, capsys):
+    folder = tmp_path / "runs"
+    made(stub, folder, "--tune", "--sizes", "128", "-p", "learning_rate", "1e-5")
+    assert json.loads((folder / "n128/config.json").read_text())["parameters"]["learning_rate"] == 1e-5
+    said = capsys.readouterr().out
+    assert "choice.json: batch_size 16 (the choice was 0.002 x 16; what -p says stays)" in said
+    made(stub, tmp_path / "others", "--tune", "--sizes", "128", "-p", "learning_rate", "1e-5", "-p", "batch_size", "4")
+    assert "nothing to choose" in capsys.readouterr().out and not (tmp_path / "others/tuning").exists()
+
+
+def test_a_tuning_that_fails_stops_the_study(stub, tmp_path, stub_tuning):
+    outcome = made(stub, tmp_path / "runs", "--tune", "--sizes", "128", "-p", "sleep", "-1")
+    assert outcome.failed == {"tuning": "ValueError: sleep length must be non-negative"}
+    assert not (tmp_path / "runs/n128").exists()
+
+
+# --- What papermill leaves -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", ["", '{"cells": [', "[]", None])
+def test_a_notebook_that_papermill_could_not_write_is_a_failure_of_that_run(tmp_path, left):
+    """Killed in the middle of writing, or on a full disk."""
+    execution = notebooks.Execution(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {}, tmp_path)
+    execution.process = SimpleNamespace(returncode=-9)
+    execution.log.write_text("Traceback ...\nMemoryError\n")
+    if left is not None:
+        execution.partial.write_text(left)
+    assert execution.result() == "MemoryError (ended by signal 9)"
+    assert not list(tmp_path.glob("out*.ipynb"))
+
+
+@pytest.mark.parametrize("text", ["(" * 500, "{[]: 1}", "1" * 5000, "~/x", "", "cuda:0", "a b", "\\"])
+def test_a_value_that_is_no_literal_is_a_text(text):
+    assert notebooks.read_value(text, text) == text
