@@ -77,11 +77,11 @@ class Server:
         prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in requests]
         parameters = [_sampling_parameters(s, own if own_seeds else None, log_probs) for _, s, own in requests]
         self.llm.enqueue(prompts, parameters, use_tqdm=False)
-        responses, engine = {}, self.llm.llm_engine
+        responses, engine, tokenizer = {}, self.llm.llm_engine, self.llm.get_tokenizer()
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
-                    responses[int(output.request_id)] = [_generation(o, log_probs) for o in output.outputs]
+                    responses[int(output.request_id)] = [_generation(o, log_probs, tokenizer) for o in output.outputs]
             if time.monotonic() - self.told > SIGN_OF_LIFE:
                 self.told = time.monotonic()
                 self.connection.send(("alive", None))
@@ -117,12 +117,14 @@ def _sampling_parameters(sampling: Sampling, seed: int | None, log_probs: bool):
     )
 
 
-def _generation(response, log_probs: bool) -> Generation:
-    token_ids, values = list(response.token_ids), None
+def _generation(response, log_probs: bool, tokenizer) -> Generation:
+    token_ids, values, text = list(response.token_ids), None, response.text
+    if response.finish_reason == "stop" and not isinstance(response.stop_reason, str):
+        text = text.removesuffix(tokenizer.decode(token_ids[-1:]))  # the end of sequence, which vLLM keeps like STOP
     if log_probs:
         values = [step[token].logprob for step, token in zip(response.logprobs, token_ids, strict=True)]
     reason = response.finish_reason if response.finish_reason in ("stop", "length") else "failed"
-    return Generation(response.text, token_ids, reason, values)
+    return Generation(text, token_ids, reason, values)
 
 
 def _repack_tied_head(model) -> None:
