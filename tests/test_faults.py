@@ -5,6 +5,7 @@ command again. The second run must end with the numbers of a run that nothing di
 signal, a full disk) where they can; otherwise a cell is added to a copy of the notebook that breaks one function.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -44,9 +45,11 @@ class Started:
         return self.process.wait(seconds)
 
     @property
-    def kernel(self) -> psutil.Process:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(p for p in children if "ipykernel_launcher" in " ".join(p.cmdline()))
+    def kernel(self) -> psutil.Process | None:
+        """The notebook's kernel; None where it has ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            return next((p for p in children if "ipykernel_launcher" in " ".join(p.cmdline())), None)
 
     def wait_for_steps(self, steps: int) -> None:
         deadline = time.time() + 120
@@ -147,9 +150,9 @@ def test_killed_at_any_moment(folder, report):
         run = start(run_dir)
         have = len(read_lines(run_dir / "metrics.jsonl"))
         run.wait_for_steps(min(have + 1, STEPS))
-        time.sleep(chance.uniform(0, 3))
-        if run.process.poll() is None:
-            run.kernel.send_signal(signal.SIGKILL)
+        time.sleep(chance.uniform(0, 1))
+        if kernel := run.kernel:
+            kernel.send_signal(signal.SIGKILL)
         run.wait()
         moments.append(len(read_lines(run_dir / "metrics.jsonl")))
         assert left_behind(run_dir) == []

@@ -34,8 +34,9 @@ class Tracker:
         found, wandb_id = {"environment": environment, "data": data_sizes}, past["wandb_id"]
         written = {"parameters": config.to_dict(), **found, "wandb_id": wandb_id, "resumed": self.resumed}
         write_json(self.run_dir / "config.json", written)
-        write_lines(self.run_dir / "metrics.jsonl", self.metrics)
-        write_lines(self.run_dir / "evaluations.jsonl", self.evaluations)
+        if self.resumed:  # without what came after its checkpoint
+            write_lines(self.run_dir / "metrics.jsonl", self.metrics)
+            write_lines(self.run_dir / "evaluations.jsonl", self.evaluations)
         shown = config.to_dict() | found
         self.wandb = WandbCopy(config.wandb_mode, self.run_dir, wandb_id, config.wandb_project, shown)
 
