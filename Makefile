@@ -19,7 +19,7 @@ UV := uv==0.13.9
 CPU_TORCH := $(shell grep -o 'torch==[0-9.]*' pyproject.toml)+cpu
 PIP_FINDS_TORCH = $(BIN)/pip install -qq --dry-run --ignore-installed --no-deps '$(CPU_TORCH)' 2>/dev/null
 
-.PHONY: setup lock run report test faults lint
+.PHONY: setup lock run report test faults cluster lint
 
 setup: $(VENV)/.installed-$(BUILD)
 
@@ -70,6 +70,9 @@ test: setup  ## style and all tests
 
 faults: setup  ## real runs killed, interrupted, starved and broken, and what became of them: 15 minutes
 	$(BIN)/python -m pytest -q -m faults
+
+cluster: setup  ## studies on a Ray cluster of two nodes on this machine: some minutes
+	$(BIN)/python -m pytest -q -m cluster
 
 lint: setup
 	$(BIN)/ruff check --fix .
