@@ -73,7 +73,8 @@ class Step:
         if not math.isfinite(self.loss) or not math.isfinite(self.gradient_norm):
             raise TrainingError(
                 f"step {self.number}: loss {self.loss}, gradient norm {self.gradient_norm}; stopped before the update. "
-                f"Batch: {', '.join(s.id for s in self.batch)}. A lower learning_rate={self.learning_rate:g} may help."
+                f"Batch: {', '.join(s.id for s in self.batch)}. Its learning rate was {self.learning_rate:g}; a lower "
+                "learning_rate may help."
             )
 
     def metrics(self) -> dict:
