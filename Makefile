@@ -19,7 +19,7 @@ UV := uv==0.13.9
 CPU_TORCH := $(shell grep -o 'torch==[0-9.]*' pyproject.toml)+cpu
 PIP_FINDS_TORCH = $(BIN)/pip install -qq --dry-run --ignore-installed --no-deps '$(CPU_TORCH)' 2>/dev/null
 
-.PHONY: setup lock run report test faults lint
+.PHONY: setup lock run report test faults cluster lint
 
 setup: $(VENV)/.installed-$(BUILD)
 
@@ -59,15 +59,20 @@ run: setup  ## one run with 256 examples; does nothing where it is finished alre
 		$(RUN_NOTEBOOK) notebooks/train.ipynb runs/n256.ipynb -p n 256 && echo "Done: runs/n256.ipynb"; \
 	fi
 
-report: setup  ## the six runs and the report
-	$(BIN)/python -m lib.study
+SEEDS ?= 0
+
+report: setup  ## six runs for each seed (SEEDS="0 1 2"), and the report
+	$(BIN)/python -m lib.study --seeds $(SEEDS)
 
 test: setup  ## style and all tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 faults: setup  ## real runs killed, interrupted, starved and broken, and what became of them: 15 minutes
 	$(BIN)/python -m pytest -q -m faults
+
+cluster: setup  ## studies on a Ray cluster of two nodes on this machine: some minutes
+	$(BIN)/python -m pytest -q -m cluster
 
 lint: setup
 	$(BIN)/ruff check --fix .

@@ -1,10 +1,10 @@
 """Training examples, validation problems and prompt templates, from JSONL files in the course's layout."""
 
+import itertools
 import json
 import math
 import random
 import re
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -31,15 +31,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem to be solved in an evaluation; `level` is 'Level 1' to 'Level 5' in MATH.
-
-    Of a list of answers each one counts as right. Data without levels or subjects have None.
-    """
+    """One problem to be solved in an evaluation; of a list of answers each one counts as right."""
 
     id: str
     problem: str
     answer: str | list[str]
-    level: str | None = None
+    level: str | None = None  # 'Level 1' to 'Level 5' in MATH
     subject: str | None = None
 
 
@@ -103,19 +100,16 @@ def gold(row: dict, keys: tuple[str, ...], where: str) -> str | list[str] | None
 
 
 def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
-    """Problems of a `train.jsonl` or `validation.jsonl` file, in its order, with unique ids.
-
-    MATH's training file has a problem whose answer is empty: `may_lack_answers` leaves such problems out.
-    """
+    """Problems of a `train.jsonl` or `validation.jsonl` file, in its order, with unique ids."""
     problems = []
     for where, row in read_rows(path, ("problem", "answer")):
         text, answer = prose(row, "problem", where), gold(row, ("answer",), where)
         level, subject, own = (label(row.get(key), key, where) for key in ("level", "subject", "unique_id"))
-        if answer is None and not may_lack_answers:
-            raise UserError(f"{where}: 'answer' must be a text that is not empty")
         if answer is not None:
             level = f"Level {level}" if level and level.strip().isdecimal() else level
             problems.append(Problem(own or f"{path.stem}/{len(problems)}", text, answer, level, subject))
+        elif not may_lack_answers:  # MATH's train.jsonl has one
+            raise UserError(f"{where}: 'answer' must be a text that is not empty")
     if len({p.id for p in problems}) < len(problems):
         raise UserError(f"{shorten_path(path)}: 'unique_id' is not unique")
     return problems
@@ -124,8 +118,7 @@ def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
 def load_examples(data_dir: Path, template_path: str | None = None) -> tuple[list[Example], Template]:
     """All rows of `sft.jsonl`, duplicates included, and the template that their prompts were made with.
 
-    The gold answer is the row's `ground_truth` (or `answer`); where a row has none, it is joined with `train.jsonl`
-    through the problem's text, and stays None for a problem that is not there either.
+    The gold answer is the row's `ground_truth` or `answer`, else that of the same problem in `train.jsonl`, else None.
     """
     path = data_dir / "sft.jsonl"
     rows = read_rows(path, ("prompt", "response"))
@@ -144,36 +137,26 @@ def load_examples(data_dir: Path, template_path: str | None = None) -> tuple[lis
 
 
 def detect_template(prompts: list[str], path: Path, template_path: str | None = None) -> Template:
-    """The template that all prompts were made with: the one at `template_path`, or one of lib/prompts.
-
-    Training and evaluation must see the same template, so prompts that fit none, or several, are an error.
-    """
-    paths = sorted(PROMPTS.glob("*.prompt"))
-    if template_path is not None:
-        paths = [absolute(template_path)]
-        if not paths[0].is_file():
-            raise UserError(f"prompt_template={template_path!r}: no such file")
+    """The template that all prompts were made with, for evaluation: the user's own, or one of lib/prompts."""
     templates = []
-    for each in paths:
-        whole = read_text(each)
-        unix = whole.replace("\r\n", "\n")
+    for file in sorted(PROMPTS.glob("*.prompt")) if template_path is None else [absolute(template_path)]:
+        text = read_text(file)
+        unix = text.replace("\r\n", "\n")
+        if text.count(PLACEHOLDER) != 1:
+            raise UserError(f"prompt_template {file.stem}: must hold {PLACEHOLDER} exactly once")
         # A file ends in a newline and may have Windows' line ends; the prompts may be made with or without these.
-        spellings = dict.fromkeys((unix.rstrip("\n"), unix, whole.rstrip("\r\n"), whole))
-        templates += [Template(each.stem, text) for text in spellings]
-    for template in templates:
-        if template.text.count(PLACEHOLDER) != 1:
-            raise UserError(f"prompt_template {template.name}: must hold {PLACEHOLDER} exactly once")
-    fits = [t for t in templates if t.question_in(prompts[0]) is not None]
-    if not fits:
-        names = ", ".join(each.stem for each in paths)
+        templates += [Template(file.stem, t) for t in (unix.rstrip("\n"), unix, text.rstrip("\r\n"), text)]
+    template = next((t for t in templates if t.question_in(prompts[0]) is not None), None)
+    if template is None:
+        names = ", ".join(dict.fromkeys(t.name for t in templates))
         raise UserError(
-            f"{shorten_path(str(path))}, line 1: the prompt was made with none of the templates ({names}); "
+            f"{shorten_path(path)}, line 1: the prompt was made with none of the templates ({names}); "
             f"set prompt_template to a file that holds it with {PLACEHOLDER} for the problem"
         )
     for number, prompt in enumerate(prompts, start=1):
-        if fits[0].question_in(prompt) is None:
-            raise UserError(f"{shorten_path(str(path))}, row {number}: the prompt differs from template {fits[0].name}")
-    return fits[0]
+        if template.question_in(prompt) is None:
+            raise UserError(f"{shorten_path(path)}, row {number}: the prompt differs from template {template.name}")
+    return template
 
 
 def distinct(examples: list[Example]) -> list[Example]:
@@ -182,17 +165,6 @@ def distinct(examples: list[Example]) -> list[Example]:
     for example in examples:
         first.setdefault((example.prompt, example.response), example)
     return list(first.values())
-
-
-def grade_examples(examples: list[Example], parameter: str = "filtered") -> list[dict]:
-    """The reward dict of each example's response against its gold answer; every example must have one."""
-    for example in examples:
-        if example.answer is None:
-            raise UserError(
-                f"{parameter}: {example.id} has no 'ground_truth', and its problem is not in train.jsonl, "
-                "so its correctness can't be told"
-            )
-    return grade_many([e.response for e in examples], [e.answer for e in examples])
 
 
 @dataclass(frozen=True)
@@ -206,17 +178,26 @@ class TrainingSet:
 def select_examples(examples: list[Example], n: int | str, filtered: bool, seed: int) -> TrainingSet:
     """`n` distinct examples, seeded and nested: those of a smaller n are the first ones of a larger n.
 
-    With `filtered`, only examples whose response earns reward 1 are drawn from. `sizes` counts rows, distinct
-    examples, those of correct form and those that are correct, over all and among the selected.
+    With `filtered`, only examples whose response earns reward 1 are drawn from.
     """
     unique = distinct(examples)
-    known = all(e.answer is not None for e in unique)
-    rewards = grade_examples(unique) if known or filtered else []
-    form = {e.id for e, r in zip(unique, rewards, strict=False) if r["format_reward"] == 1}
-    correct = {e.id for e, r in zip(unique, rewards, strict=False) if r["reward"] == 1}
+    ungraded = next((e.id for e in unique if e.answer is None), None)
+    if filtered and ungraded:
+        raise UserError(
+            f"filtered: {ungraded} has no 'ground_truth', and its problem is not in train.jsonl, "
+            "so its correctness can't be told"
+        )
+    rewards = {}
+    if not ungraded:
+        graded = grade_many([e.response for e in unique], [e.answer for e in unique])
+        rewards = {e.id: reward for e, reward in zip(unique, graded, strict=True)}
+
+    def count(chosen: list[Example], key: str) -> int | None:
+        return None if ungraded else sum(rewards[e.id][key] == 1 for e in chosen)
+
     shuffled = list(unique)
     random.Random(seed).shuffle(shuffled)
-    pool = [e for e in shuffled if e.id in correct] if filtered else shuffled
+    pool = [e for e in shuffled if rewards[e.id]["reward"] == 1] if filtered else shuffled
     if n != "all" and n > len(pool):
         kind = "correct distinct" if filtered else "distinct"
         raise UserError(f"n={n}: there are only {len(pool)} {kind} examples in sft.jsonl (use n='all' for these)")
@@ -228,12 +209,12 @@ def select_examples(examples: list[Example], n: int | str, filtered: bool, seed:
         {
             "rows": len(examples),
             "distinct": len(unique),
-            "correct_form": len(form) if rewards else None,
-            "correct": len(correct) if rewards else None,
+            "correct_form": count(unique, "format_reward"),
+            "correct": count(unique, "reward"),
             "selected": len(selected),
             "selected_problems": len({e.problem for e in selected}),
-            "selected_correct_form": sum(e.id in form for e in selected) if rewards else None,
-            "selected_correct": sum(e.id in correct for e in selected) if rewards else None,
+            "selected_correct_form": count(selected, "format_reward"),
+            "selected_correct": count(selected, "reward"),
         },
     )
 
@@ -241,7 +222,7 @@ def select_examples(examples: list[Example], n: int | str, filtered: bool, seed:
 def load_evaluation_problems(data_dir: Path, split: str, examples: list[Example]) -> list[Problem]:
     """Problems to evaluate on: `validation.jsonl`, or for 'tuning' those of `train.jsonl` that no trace is about.
 
-    Tuning problems that `validation.jsonl` has too, or nearly so, are left out: nothing is tuned on what is reported.
+    Near duplicates of validation problems are left out: nothing is tuned on what is reported.
     """
     validation = load_problems(data_dir / "validation.jsonl")
     if split == "validation":
@@ -280,22 +261,17 @@ def find_contamination(seen: Sequence[Example | Problem], problems: list[Problem
     A near duplicate has the same numbers in the same order, and shares `NEAR` of the word trigrams (Jaccard index):
     with other numbers it is another problem of the same kind.
     """
-    texts = [_normalize(text) for text in {s.problem for s in seen}]
-    spellings = {spelling for spelling, _, _ in texts}
-    frequency = Counter(trigram for _, _, trigrams in texts for trigram in trigrams)
-
-    def prefix(trigrams: set) -> list:
-        """The rarest of them, of which sets with a Jaccard index of `NEAR` share at least one (prefix filtering)."""
-        return sorted(trigrams, key=lambda t: (frequency[t], t))[: int((1 - NEAR) * len(trigrams)) + 1]
-
-    places = defaultdict(list)
-    for _, numbers, trigrams in texts:
-        for trigram in prefix(trigrams):
-            places[numbers, trigram].append(trigrams)
+    spellings, places = set(), {}
+    for spelling, numbers, trigrams in (_normalize(text) for text in {s.problem for s in seen}):
+        spellings.add(spelling)
+        for trigram in trigrams:
+            places.setdefault((numbers, trigram), []).append(trigrams)
     found = Contamination([], [])
     for problem in problems:
         spelling, numbers, trigrams = _normalize(problem.problem)
-        candidates = (other for trigram in prefix(trigrams) for other in places.get((numbers, trigram), ()))
+        # A near duplicate lacks at most 1 - NEAR of the trigrams, so it has one of so many and one: of the rarest.
+        found_at = sorted((places.get((numbers, trigram), []) for trigram in trigrams), key=len)
+        candidates = itertools.chain(*found_at[: int((1 - NEAR) * len(trigrams)) + 1])
         if spelling in spellings:
             found.exact.append(problem.id)
         elif any(len(trigrams & other) >= NEAR * len(trigrams | other) for other in candidates):
@@ -316,8 +292,7 @@ def _normalize(text: str) -> tuple[str, tuple[str, ...], set[tuple[str, ...]]]:
 def stratified_subset(problems: list[Problem], size: int | None, seed: int) -> list[Problem]:
     """`size` problems spread evenly over subjects and levels, drawn at random inside each; None takes all.
 
-    Systematic sampling: the problems are ordered by subject and level and every (len / size)-th is taken, so each
-    stratum is represented in proportion, to within one problem.
+    Systematic sampling: ordered by subject and level, every (len / size)-th is taken.
     """
     if size is None or size >= len(problems):
         return list(problems)

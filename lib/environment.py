@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -31,7 +32,6 @@ def versions(*more: str) -> dict[str, str]:
 def describe_environment(train_device: str, eval_device: str) -> dict:
     """Versions, devices and git commit, as written into `config.json`."""
     packages = versions()
-    commit, dirty = _git_state()
     return {
         "python": packages.pop("python"),
         "versions": packages,
@@ -41,8 +41,7 @@ def describe_environment(train_device: str, eval_device: str) -> dict:
         "eval_device": eval_device,
         "train_device_name": device_name(train_device),
         "eval_device_name": device_name(eval_device),
-        "git_commit": commit,
-        "git_dirty": dirty,
+        **_git_state(),
     }
 
 
@@ -52,14 +51,11 @@ def device_name(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "CPU"
+    found = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else "CPU"
 
 
-def _git_state() -> tuple[str | None, bool | None]:
+def _git_state() -> dict:
     """Commit of the project and whether tracked files differ from it; executed notebooks in runs/ don't count."""
 
     def git(*arguments: str) -> str:
@@ -67,6 +63,7 @@ def _git_state() -> tuple[str | None, bool | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno", "--", ".", ":!runs"))
+        dirty = bool(git("status", "--porcelain", "-uno", "--", ".", ":!runs"))
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
     except (OSError, subprocess.SubprocessError):
-        return None, None
+        return {"git_commit": None, "git_dirty": None}

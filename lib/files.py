@@ -15,15 +15,12 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SIGNATURES = {
     b"\x1f\x8b": "compressed (gzip)",
     b"PK\x03\x04": "a zip archive",
-    b"BZh": "compressed (bzip2)",
-    b"\xfd7zXZ": "compressed (xz)",
     b"\x28\xb5\x2f\xfd": "compressed (zstandard)",
     b"PAR1": "a Parquet file",
     b"\xff\xfe": "UTF-16 or UTF-32 text",
     b"\xfe\xff": "UTF-16 text",
     b"version https://git-lfs": "a Git LFS pointer (`git lfs pull` fetches the file itself)",
     b"<!DOCTYPE": "a web page",
-    b"<html": "a web page",
 }
 
 
@@ -43,8 +40,8 @@ def shorten_path(path: str | Path) -> str:
     """A path in or beside the project relative to its root, one in the home folder with `~`; other text unchanged."""
     text = str(path)
     for root, prefix in ((PROJECT_ROOT, ""), (PROJECT_ROOT.parent, "../"), (Path.home(), "~/")):
-        if text.startswith(f"{root}/") and root != Path("/"):
-            return prefix + text[len(str(root)) + 1 :]
+        if text.startswith(f"{root}/"):
+            return prefix + text.removeprefix(f"{root}/")
     return text
 
 
@@ -138,10 +135,8 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def parse_lines(text: str, path: Path) -> Iterator[tuple[str, dict]]:
-    """(file and line, object) for each line that is not empty.
-
-    Rows end at a newline only: a model's text may hold other characters that Python takes for the end of a line.
-    """
+    """(file and line, object) for each line that is not empty."""
+    # A model's text may hold other characters that str.splitlines takes for the end of a line.
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
         if line.strip():
             where = f"{shorten_path(path)}, line {number}"
@@ -149,10 +144,7 @@ def parse_lines(text: str, path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """JSONL rows that a run wrote; none where there is no file.
-
-    A last line without its newline is one that a killed run was writing, and is left out.
-    """
+    """JSONL rows that a run wrote, without a last line that a killed run was writing; none where there is no file."""
     if not path.is_file():
         return []
     content = path.read_bytes()
@@ -198,4 +190,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         inside = Path(temporary) / folder.name
         inside.mkdir()
         yield inside
+        for path in [
+            *inside.rglob("*"),
+            inside,
+        ]:  # on the disk first: a power cut leaves no half
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
         inside.replace(folder)

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -18,10 +17,10 @@ def captured(path: Path):
     vLLM binds its log handler to the standard output of the moment when it is imported, and its worker processes
     inherit file descriptors 1 and 2: both must happen inside.
     """
-    global _depth, _restore
+    global _depth, _restored
     with _lock:
         if _depth == 0:
-            _restore = _redirect(_open(path))
+            _restored = _redirect(_open(path))
         _depth += 1
     try:
         yield
@@ -29,30 +28,26 @@ def captured(path: Path):
         with _lock:
             _depth -= 1
             if _depth == 0:
-                _restore()
+                _restored.close()
 
 
 _lock = threading.Lock()
 _depth = 0  # how many of `captured` are open, in whatever threads: the first redirects, the last restores
-_restore: Callable[[], None]
+_restored: contextlib.ExitStack
 
 
-def _redirect(file) -> Callable[[], None]:
-    """Send Python's and the process's standard output and error to `file`; returns what takes that back."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    streams, copies = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
-    sys.stdout = sys.stderr = file
-    os.dup2(file.fileno(), 1)
-    os.dup2(file.fileno(), 2)
-
-    def restore() -> None:
-        sys.stdout, sys.stderr = streams
-        for target, copy in zip((1, 2), copies, strict=True):
-            os.dup2(copy, target)
-            os.close(copy)
-
-    return restore
+def _redirect(file) -> contextlib.ExitStack:
+    """Send Python's and the process's standard output and error to `file`, until the stack is closed."""
+    restored = contextlib.ExitStack()
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        stream.flush()
+        copy = os.dup(number)
+        restored.callback(os.close, copy)
+        restored.callback(os.dup2, copy, number)
+        os.dup2(file.fileno(), number)
+    restored.enter_context(contextlib.redirect_stdout(file))
+    restored.enter_context(contextlib.redirect_stderr(file))
+    return restored
 
 
 @functools.cache

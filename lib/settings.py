@@ -3,12 +3,13 @@
 import ast
 import difflib
 import importlib.util
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 from lib.environment import count_gpus
 from lib.files import PROJECT_ROOT, UserError, absolute, shorten_path
@@ -63,10 +64,7 @@ Model = Annotated[str, AfterValidator(lambda text: str(absolute(text)) if is_fol
 
 
 class RunConfig(BaseModel):
-    """All settings of one run: name, type, bounds, the notebook's default, and the meaning.
-
-    A resolved configuration has no None where its type doesn't allow it: `resolve` replaces the notebook's None.
-    """
+    """All settings of one run. A default of None that the type doesn't allow is one that `resolve` replaces."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -78,9 +76,7 @@ class RunConfig(BaseModel):
     model: Model = parameter(None, "hub id or folder of a causal language model (safetensors)")
     revision: str | None = parameter(None, "branch, tag or commit of a hub model; None: the newest")
     data_dir: FolderPath = parameter(None, "folder with sft.jsonl, train.jsonl, validation.jsonl")
-    prompt_template: FolderPath | None = parameter(
-        None, "file with {question} in it; None: the one of lib/prompts that the data was made with"
-    )
+    prompt_template: FolderPath | None = parameter(None, "file with {question}; None: the one of lib/prompts that fits")
     trust_remote_code: bool = parameter(False, "allow a model's own Python code to run")
     seed: CountOrZero = parameter(0, "subset, order of examples, sampling")
 
@@ -95,9 +91,7 @@ class RunConfig(BaseModel):
     weight_decay: NotNegative = parameter(0.0, "AdamW's decoupled weight decay")
     gradient_clip: Positive = parameter(1.0, "largest norm of the gradient")
     max_length: Count = parameter(None, "tokens of prompt and response; longer examples are an error")
-    precision: Literal["bf16", "fp32"] = parameter(
-        "bf16", '"bf16": autocast over fp32 master weights; "fp32": nothing else'
-    )
+    precision: Literal["bf16", "fp32"] = parameter("bf16", '"bf16": autocast over fp32 weights; "fp32": nothing else')
 
     eval_split: Literal["validation", "tuning"] = parameter(
         "validation", '"validation", or "tuning": problems of train.jsonl that no trace is about'
@@ -115,9 +109,7 @@ class RunConfig(BaseModel):
     greedy: Literal["never", "final", "always"] = parameter(
         "final", 'also decode greedily: "never", "final" (start and end), "always"'
     )
-    eval_beside_training: bool = parameter(
-        None, "go on training while the engine answers; None: if it has a GPU of its own"
-    )
+    eval_beside_training: bool = parameter(None, "go on training while the engine answers; None: if it has its own GPU")
     log_generations: CountOrZero = parameter(6, "responses kept with token entropy, and shown below")
     verify_sync: Literal["first", "always"] = parameter(
         "always", 'prove that the engine holds the policy\'s weights: "first" sync only, or "always"'
@@ -125,15 +117,9 @@ class RunConfig(BaseModel):
 
     train_device: str = parameter(None, '"cuda:0", "cpu"; None: the first GPU, or the CPU')
     eval_device: str = parameter(None, '"cuda:1", ...; None: the second GPU, or the training device')
-    gpu_memory_utilization: Share | None = parameter(
-        None, "share of the engine's GPU that it takes; None: planned beside what the policy needs"
-    )
-    engines: Count | None = parameter(
-        None, "vLLM engines on that GPU; None: 3 where they have it alone and there are cores, else 1"
-    )
-    engine_timeout: Positive = parameter(
-        600, "seconds without a finished response after which the engine counts as hung"
-    )
+    gpu_memory_utilization: Share | None = parameter(None, "share of the engine's GPU; None: planned beside the policy")
+    engines: Count | None = parameter(None, "vLLM engines there; None: 3 if they have the GPU alone and cores, else 1")
+    engine_timeout: Positive = parameter(600, "seconds without a finished response until the engine counts as hung")
 
     runs_dir: FolderPath = parameter(None, "where the run's folder goes; None: runs/ of the project")
     run_name: Annotated[str, AfterValidator(_plain_name)] = parameter(
@@ -150,12 +136,6 @@ class RunConfig(BaseModel):
         "auto", '"online", "offline", "disabled"; "auto": as WANDB_MODE says, else online if logged in'
     )
     wandb_project: str = parameter("sft-math", "wandb project")
-
-    @model_validator(mode="after")
-    def _check_sizes(self):
-        if self.n_val_final is not None and self.n_val_final < self.n_val:
-            raise ValueError(f"n_val_final={self.n_val_final}: must not be less than n_val={self.n_val}")
-        return self
 
     @property
     def run_dir(self) -> Path:
@@ -233,7 +213,12 @@ def resolve(namespace: Mapping) -> RunConfig:
         config = RunConfig(**values)
     except ValidationError as error:
         raise UserError(_in_words(error)) from None
-    _check_data_dir(config)
+    if config.n_val_final is not None and config.n_val_final < config.n_val:
+        raise UserError(f"n_val_final={config.n_val_final}: must not be less than n_val={config.n_val}")
+    for name in ("sft.jsonl", "validation.jsonl"):
+        if not (Path(config.data_dir) / name).is_file():
+            folder = shorten_path(config.data_dir)
+            raise UserError(f"data_dir={folder!r}: no {name} there (the folder should hold {', '.join(DATA_FILES)})")
     if config.revision is not None and Path(config.model).is_absolute():
         raise UserError(f"revision={config.revision!r}: only a hub model has revisions, and model is a folder")
     check_model(config.model, config.revision, config.trust_remote_code)
@@ -251,21 +236,19 @@ WORDS = {
     "a valid ": "a ",
     "a integer": "an integer",
     "Value error, ": "",
+    " or must be ": " or ",
 }
 
 
 def _in_words(error: ValidationError) -> str:
     """The first wrong parameter and what it must be, in one sentence: `learning_rate=-1: must be above 0`."""
     found = error.errors(include_url=False)
-    reasons = []
-    for one in found:  # a parameter of two types, an integer or "all", has a reason for each
-        if one["loc"][:1] == found[0]["loc"][:1]:
-            reason = one["msg"]
-            for words, ours in WORDS.items():
-                reason = reason.replace(words, ours)
-            reasons.append(reason)
-    reason = " or ".join([reasons[0], *(r.removeprefix("must be ") for r in reasons[1:])])
-    return f"{found[0]['loc'][0]}={found[0]['input']!r}: {reason}" if found[0]["loc"] else reason
+    name = found[0]["loc"][0]
+    # A parameter of two types, an integer or "all", has a reason for each.
+    reason = " or ".join(one["msg"] for one in found if one["loc"][0] == name)
+    for words, ours in WORDS.items():
+        reason = reason.replace(words, ours)
+    return f"{name}={found[0]['input']!r}: {reason}"
 
 
 def default_run_name(n: int | str, filtered: bool, seed: int) -> str:
@@ -281,17 +264,11 @@ def refuse_unknown_parameters(namespace: Mapping, known: Collection[str]) -> Non
     for source in namespace.get("In", []):
         if not source.startswith("# Parameters"):
             continue
-        assigned = [
-            target.id
-            for statement in ast.parse(source).body
-            if isinstance(statement, ast.Assign)
-            for target in statement.targets
-        ]
-        for name in assigned:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in known:
+                close = difflib.get_close_matches(node.id, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-                raise UserError(f"unknown parameter {name!r}{hint}")
+                raise UserError(f"unknown parameter {node.id!r}{hint}")
 
 
 def _choose_profile(values: dict) -> None:
@@ -308,37 +285,22 @@ def _choose_profile(values: dict) -> None:
 
 
 def _choose_devices(values: dict) -> None:
-    """Resolve None: training on the first GPU and the engine on the second, or both on one, or both on the CPU.
-
-    An engine with a device of its own answers beside training.
-    """
+    """Resolve None: training on the first GPU and the engine on the second, or both on one, or both on the CPU."""
     gpus = count_gpus()
     train, evaluate = values["train_device"], values["eval_device"]
     train, evaluate = ("cuda:0" if device == "cuda" else device for device in (train, evaluate))
     train = train or ("cuda:0" if gpus else "cpu")
     evaluate = evaluate or (train if gpus < 2 or train == "cpu" else "cuda:1" if train == "cuda:0" else "cuda:0")
     for name, device in (("train_device", train), ("eval_device", evaluate)):
-        kind, _, index = str(device).partition(":")
-        if (kind == "cpu" and index) or (kind == "cuda" and not index.isdigit()) or kind not in ("cpu", "cuda"):
+        if not re.fullmatch(r"cpu|cuda:[0-9]+", str(device)):
             raise UserError(f"{name}={device!r}: must be 'cpu', 'cuda:0', 'cuda:1', ...")
-        if kind == "cuda" and int(index) >= gpus:
+        if device != "cpu" and int(device.removeprefix("cuda:")) >= gpus:
             raise UserError(f"{name}={device!r}: this machine has {gpus} NVIDIA GPU(s) that PyTorch can use")
     if (train == "cpu") != (evaluate == "cpu"):
         raise UserError(f"train_device={train!r} and eval_device={evaluate!r}: both on the CPU, or both on GPUs")
     values["train_device"], values["eval_device"] = train, evaluate
     if values["eval_beside_training"] is None:
         values["eval_beside_training"] = values["train_device"] != values["eval_device"]
-
-
-def _check_data_dir(config: RunConfig) -> None:
-    folder = Path(config.data_dir)
-    if not folder.is_dir():
-        raise UserError(
-            f"data_dir={shorten_path(str(folder))!r}: no such folder (it should hold {', '.join(DATA_FILES)})"
-        )
-    for name in ("sft.jsonl", "validation.jsonl"):
-        if not (folder / name).is_file():
-            raise UserError(f"data_dir: {shorten_path(str(folder / name))} is missing")
 
 
 def check_run_dir(config: RunConfig) -> None:

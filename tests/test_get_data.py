@@ -237,10 +237,16 @@ GOOD = [gsm8k(number) for number in range(20)]
         ("a.jsonl", '{"q": "What?", "answer": "1"}\n', [], "line 1: no problem in it; its columns are q, answer"),
         ("a.jsonl", '{"question": "What?"}\n', [], "no training problem has an answer"),
         ("a.csv", 'question,answer\n"What?,1', [], "a.csv: not valid CSV"),
+        ("a.csv", "question,answer\nWhat?,1\nWhy?,2,3\n", [], "a.csv: not valid CSV"),
+        ("a.csv", "", [], "a.csv: not valid CSV"),
+        ("a.parquet", "PAR1", [], "a.parquet: not valid PARQUET"),
         ("a.jsonl", None, ["--map", "problem"], "--map problem: must be FIELD=COLUMN, with a FIELD of problem, trace"),
         ("a.jsonl", None, ["--map", "colour=x"], "--map colour=x: must be FIELD=COLUMN"),
         ("a.jsonl", None, ["--validation", "a.jsonl"], "no near duplicate in the validation set"),
-        ("a.jsonl", None, ["--map", "answer=number"], "no training problem has an answer"),
+        *[
+            ("a.jsonl", None, ["--map", f"{field}=WRONG"], f"--map {field}=WRONG: no row has a column WRONG; there are")
+            for field in ("problem", "trace", "answer", "final", "level", "subject")
+        ],
         ("a.jsonl", None, ["--prompt-template", "missing.prompt"], "missing.prompt: no such file"),
         ("b.jsonl", None, [], "a.jsonl: no such file"),
     ],

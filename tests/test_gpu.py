@@ -156,7 +156,7 @@ def test_an_engine_that_rests_gives_its_memory_back(tmp_path):
     prompts = [tokenizer(f"Find the sum of {i} and {i + 1}.")["input_ids"] for i in range(8)]
     settings = {"log_file": tmp_path / "engine.log", "max_model_len": 512, "gpu_memory_utilization": 0.3}
     before = memory_used()
-    engine = init_vllm(MODEL, "cuda:0", "cuda:0", sleep=True, **settings)
+    engine = init_vllm(MODEL, "cuda:0", "cuda:0", enable_sleep_mode=True, **settings)
     try:
         for _ in range(2):
             load_policy_into_vllm_instance(policy, engine)

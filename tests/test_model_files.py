@@ -105,6 +105,7 @@ BROKEN = {
     "config: untied": (lambda f: change_config(f, tie_word_embeddings=False), r"weights lack lm_head\.weight"),
     "tokenizer: pointer": (change_bytes("tokenizer.json", lambda b: POINTER), r"tokenizer\.json: is a Git LFS pointer"),
     "tokenizer: merges a pointer": (lambda f: (f / "merges.txt").write_bytes(POINTER), r"merges\.txt: is a Git LFS"),
+    "tokenizer: none": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer in this folder"),
     "tokenizer: cut off": (change_bytes("tokenizer.json", lambda b: b[:5000]), r"tokenizer\.json.*not valid JSON"),
     "tokenizer: another JSON": (change_bytes("tokenizer.json", lambda b: b'{"a": 1}'), "can't be loaded: "),
     "tokenizer: larger than the embedding": (more_tokens, "ids up to 1536, .* only 1536 rows"),
@@ -165,8 +166,7 @@ def test_any_changed_value_changes_the_fingerprint(model):
     assert fingerprint(model.parent) is None
 
 
-def test_blocks_of_a_large_file_count_in_their_order(model, monkeypatch):
-    monkeypatch.setattr("lib.model_files.BLOCK", 1000)
+def test_the_order_of_the_bytes_counts(model):
     content = (model / WEIGHTS).read_bytes()
     before = fingerprint(model)
     (model / WEIGHTS).write_bytes(content[:-2000] + content[-1000:] + content[-2000:-1000])
@@ -184,7 +184,7 @@ def test_the_commit_of_a_hub_model_is_what_the_cache_holds(model, tmp_path, monk
     (cached / "refs" / "main").write_text(commit)
     find = huggingface_hub.try_to_load_from_cache
     monkeypatch.setattr(
-        "lib.model_files.try_to_load_from_cache",
+        "huggingface_hub.try_to_load_from_cache",
         lambda *args, **options: find(*args, cache_dir=tmp_path / "hub", **options),
     )
     assert hub_commit("someone/some-model") == hub_commit("someone/some-model", "main") == commit

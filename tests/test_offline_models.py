@@ -11,7 +11,7 @@ import torch
 
 from lib import offline_models
 from lib.files import UserError
-from lib.offline_models import QWEN_CODER_CARD, Origin, save_model
+from lib.offline_models import Origin, save_model
 
 gguf = pytest.importorskip("gguf", reason="needs gguf, which `pip install -e '.[offline]'` brings")
 
@@ -39,6 +39,7 @@ def made(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
     """The GGUF file, matrices in 8 bits and the embeddings a second time in 4; and what was put into it."""
     path, generator = tmp_path_factory.mktemp("gguf") / "tiny.gguf", np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_name("Tiny GGUF")
     writer.add_block_count(LAYERS)
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)
@@ -77,12 +78,16 @@ def made(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
 def origin(made) -> Origin:
     content = made[0].read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    return Origin("tiny.gguf", len(content), digest, "tiny-model-part", "0.2.0", parts=3, card=QWEN_CODER_CARD)
+    return Origin("tiny.gguf", len(content), digest, "tiny-model-part", "0.2.0", parts=3)
 
 
 def pieces(content: bytes) -> list[bytes]:
     third = len(content) // 3
     return [content[:third], content[third : 2 * third], content[2 * third :]]
+
+
+def about(number: int) -> str:
+    return f"Metadata-Version: 2.1\nName: tiny-model-part{number}\nVersion: 0.2.0\n"
 
 
 @pytest.fixture
@@ -94,6 +99,7 @@ def wheels(made, tmp_path) -> Path:
         with zipfile.ZipFile(folder / f"{package}-0.2.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
             wheel.writestr(f"{package}/__init__.py", "raise RuntimeError('imported')\n")
             wheel.writestr(f"{package}/data/part{number:02}.bin", piece)
+            wheel.writestr(f"{package}-0.2.0.dist-info/METADATA", about(number))
     return folder
 
 
@@ -108,7 +114,7 @@ def installed(made, tmp_path, monkeypatch) -> Path:
         (folder / package / "__init__.py").write_text("raise RuntimeError('imported')\n")
         information = folder / f"{package}-0.2.0.dist-info"
         information.mkdir()
-        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tiny-model-part{number}\nVersion: 0.2.0\n")
+        (information / "METADATA").write_text(about(number))
     monkeypatch.syspath_prepend(str(folder))
     return folder
 
@@ -142,6 +148,7 @@ def test_the_folder_is_a_model_that_transformers_loads(made, origin, wheels, tmp
     assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
+    assert "Tiny" not in (folder / "config.json").read_text()
     card = (folder / "README.md").read_text()
     assert origin.sha256 in card and "Apache-2.0" in card and "`tiny-model-part1` to `tiny-model-part3`" in card
     assert [path.name for path in folder.parent.iterdir()] == ["coder"]
@@ -196,7 +203,7 @@ def test_an_installed_package_of_another_version_counts_as_missing(origin, insta
 
 
 def test_a_conversion_that_fails_leaves_nothing(made, origin, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline_models, "read_config", lambda *_: 1 / 0)
+    monkeypatch.setattr(offline_models, "read_weights", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_model(origin, tmp_path / "coder", gguf_file=made[0])
     assert list(tmp_path.iterdir()) == []

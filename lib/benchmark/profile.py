@@ -11,7 +11,7 @@ seconds: dict[str, float] = defaultdict(float)
 
 
 def install(model) -> None:
-    """Begin to note each step: when it was scheduled, how full the engine was, and what was spent up to then."""
+    """Begin to note each step: when it was scheduled, how full the engine was, the seconds spent up to then."""
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.uniproc_executor import AsyncOutputFuture
 
@@ -52,10 +52,7 @@ def report(model) -> dict[str, dict]:
 
 
 def split_phases(steps: list[dict]) -> dict[str, dict]:
-    """The steps until the engine is full, while requests wait, and after that: the tail of the longest responses.
-
-    Of each phase: seconds, steps, mixed steps (they prefill and decode at once), requests a step, and seconds by part.
-    """
+    """The steps until the engine is full, while requests wait, and after that. Mixed ones prefill and decode."""
     most = max(step["running"] for step in steps)
     full = next(i for i, step in enumerate(steps) if step["running"] >= 0.98 * most)
     tail = next((i for i, step in enumerate(steps) if i > full and step["waiting"] == 0), len(steps) - 1)

@@ -8,7 +8,7 @@ import pandas as pd
 from lib.benchmark import rows as names
 from lib.report import canvas
 
-WHO = {"ours": "ours", "memory": "ours, limited", "trl": "TRL", "cpu": "ours, CPU"}
+WHO = {"ours": "ours", "memory": "ours, limited", "trl": "TRL"}
 
 
 def measured(rows: list[dict], part: str) -> dict[str, dict]:
@@ -16,44 +16,26 @@ def measured(rows: list[dict], part: str) -> dict[str, dict]:
     return {row["variant"]: row for row in rows if row["part"] == part and "error" not in row}
 
 
-def number(value: float | None, digits: int = 0) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def share(value: float | None) -> str:
-    return "–" if value is None else f"{value * 100:.1f} %"
-
-
-# Columns of the tables: key of a row, heading, how it is written.
-TRAINING = {
-    "tokens_per_second": ("tokens/s", number),
-    "lowest": ("slowest step", number),
-    "highest": ("fastest step", number),
-    "seconds_per_step": ("s a step", lambda value: number(value, 3)),
-    "utilisation": ("utilisation", share),
-    "peak_gb": ("peak GB", lambda value: number(value, 1)),
-    "mean_loss": ("mean loss", lambda value: number(value, 4)),
-    "examples_at_once": ("examples at once", number),
+# Columns of the tables: key of a row, heading, how its numbers are written.
+COLUMNS = {
+    "problems": ("problems", ",.0f"),
+    "seconds": ("seconds", ",.2f"),
+    "problems_per_second": ("problems/s", ",.1f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "utilisation": ("utilisation", ".1%"),
+    "peak_gb": ("peak GB", ",.1f"),
+    "mean_loss": ("mean loss", ",.4f"),
+    "examples_at_once": ("examples at once", ",.0f"),
+    "mean_tokens": ("tokens a response", ",.0f"),
+    "cut_off": ("cut off", ".1%"),
+    "accuracy": ("accuracy", ".1%"),
+    "gpu_busy": ("GPU busy", ".1%"),
+    "own_cores": ("own cores busy", ",.1f"),
+    "engine_cores": ("engine's cores busy", ",.1f"),
+    "graded_per_second": ("graded/s", ",.0f"),
+    "start_seconds": ("engine start, s", ",.1f"),
 }
-EVALUATION = {
-    "problems": ("problems", number),
-    "seconds": ("seconds", lambda value: number(value, 2)),
-    "problems_per_second": ("problems/s", lambda value: number(value, 1)),
-    "tokens_per_second": ("tokens/s", number),
-    "mean_tokens": ("tokens a response", number),
-    "cut_off": ("cut off", share),
-    "accuracy": ("accuracy", share),
-    "gpu_busy": ("GPU busy", share),
-    "own_cores": ("own cores busy", lambda value: number(value, 1)),
-    "engine_cores": ("engine's cores busy", lambda value: number(value, 1)),
-    "start_seconds": ("engine start, s", lambda value: number(value, 1)),
-}
-
 PHASES = {
-    "seconds": "seconds",
-    "steps": "steps",
-    "mixed": "of them mixed",
-    "requests": "requests a step",
     "schedule": "scheduling, s",
     "execute_model": "launching kernels, s",
     "sample_tokens": "sampling, s",
@@ -69,14 +51,18 @@ def tabulate_phases(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(phases).rename(columns=PHASES).round(1)
 
 
-def tabulate(rows: list[dict], parts: tuple[str, ...], columns: dict) -> pd.DataFrame:
+def write(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form).replace("%", " %")
+
+
+def tabulate(rows: list[dict], *parts: str) -> pd.DataFrame:
     """A line a variant; one that failed says why, and a column that no variant fills is left out."""
     lines = []
     for row in (row for row in rows if row["part"] in parts):
         line = {"": WHO.get(row["part"], ""), "variant": row["variant"]}
-        line |= {heading: write(row[key]) for key, (heading, write) in columns.items() if key in row}
+        line |= {heading: write(row[key], form) for key, (heading, form) in COLUMNS.items() if key in row}
         lines.append(line | ({"failed": row["error"]} if "error" in row else {"device": row["device"]}))
-    order = ["", "variant", *(heading for heading, _ in columns.values()), "device", "failed"]
+    order = ["", "variant", *(heading for heading, _ in COLUMNS.values()), "device", "failed"]
     frame = pd.DataFrame(lines).fillna("")
     return frame[[name for name in order if name in frame and frame[name].any()]]
 
@@ -94,24 +80,22 @@ def compare_with_goals(rows: list[dict]) -> pd.DataFrame:
         ("training: tokens/s", full, 65_000, None),
         ("without the shared preamble: tokens/s", value("ours", names.NO_SHARING), 55_000, None),
         ("utilisation without it", value("ours", names.NO_SHARING, "utilisation"), 0.45, None),
-        ("peak GB with full microbatches", value("ours", names.FILLED, "peak_gb"), None, 45),
+        ("peak GB", value("ours", names.FULL, "peak_gb"), None, 45),
         ("times the tokens/s of TRL at its fastest", full / trl, 1.3, None),
         ("times the tokens/s of the naive loop", full / value("ours", names.NAIVE), None, None),
-        ("the same on a CPU", value("cpu", names.PLAIN) / value("cpu", names.NAIVE), None, None),
         ("times the problems/s of generate", fixed(names.VLLM, rate) / fixed(names.GENERATE, rate), 10, None),
         ("5000 problems at real lengths: s", 5000 / value("lengths", names.THREE, rate), None, 25),
         ("5000 problems, both decodings: s", 5000 / value("lengths", names.BOTH, rate), None, 40),
-        ("5000 answers graded: s", 5000 / fixed(names.GRADING, rate), None, 10),
-        ("second start of an engine: s", fixed(names.SYNC, "start_seconds"), None, 16),
+        ("5000 answers graded: s", 5000 / value("lengths", names.THREE, "graded_per_second"), None, 10),
+        ("second start of an engine: s", value("lengths", names.THREE, "start_seconds"), None, 16),
     ]
     lines = []
     for what, found, least, most in goals:
         if not math.isnan(found):
             bound = f"at least {least:,g}" if least else f"at most {most:,g}" if most else ""
             met = "met" if (least or 0) <= found <= (most or math.inf) else "missed"
-            lines.append({"what": what, "measured": number(found, 0 if found >= 1000 else 2), "goal": bound})
-            lines[-1]["reached"] = met if bound else ""
-    return pd.DataFrame(lines)
+            lines.append([what, write(found, ",.0f" if found >= 1000 else ",.2f"), bound, met if bound else ""])
+    return pd.DataFrame(lines, columns=["what", "measured", "goal", "reached"])
 
 
 @canvas.styled
@@ -130,5 +114,4 @@ def draw_speeds(rows: list[dict]):
     axes.set_xlabel("examples' tokens a second (line: slowest to fastest step)")
     axes.margins(x=0.14)
     axes.set_xlim(left=0)
-    columns = ["part", "variant", "tokens_per_second", "lowest", "highest", "device"]
-    return figure, pd.DataFrame([{name: row[name] for name in columns} for row in seen], columns=columns)
+    return figure, pd.DataFrame(seen, columns=["part", "variant", "tokens_per_second", "lowest", "highest", "device"])

@@ -1,16 +1,10 @@
-"""How fast a training step is: ours and what each part of it is worth, TRL's, under a limit of memory, on a CPU.
-
-Utilisation is model FLOPs over what the GPU's tensor cores could do in that time (dense bf16): 6 x parameters for each
-token of the examples, padding left out, and attention. A preamble that is computed once counts as often as it occurs,
-so sharing it raises this number without keeping the device busier.
-"""
+"""How fast a training step is: ours and what each part of it is worth, TRL's, and under a limit of memory."""
 
 import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +16,14 @@ from lib.benchmark import rows
 from lib.benchmark.rows import Settings, attempt, free_memory
 from lib.data import distinct, load_examples
 from lib.environment import device_name
-from lib.settings import PROFILES, Optimization
+from lib.settings import Optimization
 from lib.training import attention, policy
-from lib.training.batching import Microbatch, Sequence, encode, make_batches, make_microbatches
+from lib.training.batching import Sequence, encode, make_batches, make_microbatches
 from lib.training.reference import get_response_log_probs, pad_and_shift, sft_microbatch_train_step
 from lib.training.steps import learning_rates, make_optimizer, train_steps
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # FLOP/s of dense bf16 matrix products
+Batches = list[list[Sequence]]
 RATE, CLIP, PRECISION = 1e-5, 1.0, "bf16"  # of everyone's training
 
 
@@ -36,7 +31,7 @@ RATE, CLIP, PRECISION = 1e-5, 1.0, "bf16"  # of everyone's training
 
 
 def example_flops(model: torch.nn.Module, lengths: list[int]) -> float:
-    """Model FLOPs of examples with these lengths, forward and backward, as if every token were computed."""
+    """Model FLOPs of examples with these lengths, forward and backward, as if no token were shared."""
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = head * config.num_attention_heads
@@ -45,9 +40,7 @@ def example_flops(model: torch.nn.Module, lengths: list[int]) -> float:
     return 6 * parameters * sum(lengths) + 12 * config.num_hidden_layers * width * attended
 
 
-def summarize_steps(
-    steps: list[dict], batches: list[list[Sequence]], model: torch.nn.Module, settings: Settings
-) -> dict:
+def summarize_steps(steps: list[dict], batches: Batches, model: torch.nn.Module, settings: Settings) -> dict:
     """A row of steps (seconds and loss each): medians over those after the warm-up."""
     on_gpu, rates, used = settings.device != "cpu", [], []
     for step, batch in list(zip(steps, batches, strict=True))[settings.warmup_steps :]:
@@ -60,7 +53,6 @@ def summarize_steps(
         "lowest": min(rates),
         "highest": max(rates),
         "utilisation": peak and statistics.median(used) / peak,
-        "seconds_per_step": statistics.median(step["seconds"] for step in steps[settings.warmup_steps :]),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
         "mean_loss": statistics.mean(step["loss"] for step in steps),
         "step_seconds": [round(step["seconds"], 4) for step in steps],
@@ -80,32 +72,30 @@ def fitting(sizes: tuple[int, ...], measure: Callable[[int], dict]) -> dict:
 # --- Ours ------------------------------------------------------------------------------------------------------------
 
 
-def make_benchmark_batches(settings: Settings, tokenizer) -> list[list[Sequence]]:
+def make_benchmark_batches(settings: Settings) -> Batches:
     """The same optimizer batches for everyone, in the order of a run."""
-    sequences = encode(distinct(load_examples(settings.data_dir)[0]), tokenizer, 1 << 14)
+    examples, _ = load_examples(Path(settings.data_dir))
+    sequences = encode(distinct(examples), policy.load_tokenizer(settings.model), 1 << 14)
     steps = settings.warmup_steps + settings.steps
     return make_batches(sequences, settings.batch, steps * settings.batch / len(sequences), steps, settings.seed)
 
 
-def optimization(settings: Settings) -> Optimization:
-    return Optimization(RATE, 0.0, 0.0, CLIP, settings.microbatch_tokens, PRECISION, settings.device)
-
-
-def packed_row(
-    model: torch.nn.Module,
-    batches: list[list[Sequence]],
-    settings: Settings,
-    share_prefix: bool,
-    backward: Callable = policy.backward,
-) -> dict:
+def packed_row(model: torch.nn.Module, batches: Batches, settings: Settings, share_prefix: bool) -> dict:
     """Train on packed microbatches, as a run does."""
-    cut = partial(make_microbatches, share_prefix=share_prefix)
-    taken = {"n_examples": sum(map(len, batches)), "backward": backward, "cut": cut}
-    steps = train_steps(model, make_optimizer(model), batches, optimization(settings), **taken)
+    optimization = Optimization(RATE, 0.0, 0.0, CLIP, settings.microbatch_tokens, PRECISION, settings.device)
+    taken = {"n_examples": sum(map(len, batches)), "cut": partial(make_microbatches, share_prefix=share_prefix)}
+    steps = train_steps(model, make_optimizer(model), batches, optimization, **taken)
     return summarize_steps(list(steps), batches, model, settings)
 
 
-def naive_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: Settings, size: int) -> dict:
+def limited_row(model: torch.nn.Module, batches: Batches, settings: Settings, gigabytes: int) -> dict:
+    """Train as if the card were smaller."""
+    whole = torch.cuda.get_device_properties(settings.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole), settings.device)
+    return packed_row(model, batches, settings, share_prefix=True)
+
+
+def naive_row(model: torch.nn.Module, batches: Batches, settings: Settings, size: int) -> dict:
     """The course's functions in a plain loop: padded microbatches of `size`, logits of every token."""
     optimizer, steps = make_optimizer(model), []
     for batch, rate in zip(batches, learning_rates(len(batches), RATE), strict=True):
@@ -125,72 +115,29 @@ def naive_row(model: torch.nn.Module, batches: list[list[Sequence]], settings: S
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        loss = float(loss)
         if settings.device != "cpu":
             torch.cuda.synchronize()
-        steps.append({"seconds": time.perf_counter() - started, "loss": loss})
+        steps.append({"seconds": time.perf_counter() - started, "loss": float(loss)})
     return summarize_steps(steps, batches, model, settings)
-
-
-def liger_backward(model, states: torch.Tensor, microbatch: Microbatch, normalize_constant: float, precision: str):
-    """`lib.training.policy.backward` with Liger's fused linear cross-entropy, which gives no entropy."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    with policy.autocast(microbatch.labels.device.type, precision):
-        fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        weights, predicting = model.get_output_embeddings().weight, states[microbatch.response_positions]
-        loss = fused(weights, predicting, microbatch.labels) / normalize_constant
-    loss.backward()
-    return loss.detach(), torch.zeros_like(loss.detach())
-
-
-def fill(batches: list[list[Sequence]], tokens: int) -> list[Sequence]:
-    """The first sequences that fit into one microbatch of `tokens`."""
-    sequences = [sequence for batch in batches for sequence in batch]
-    sizes = itertools.accumulate(len(s.token_ids) for s in sequences)
-    return [sequence for sequence, size in zip(sequences, sizes, strict=True) if size <= tokens]
 
 
 def measure_ours(settings: Settings) -> None:
     """Our path and its parts, on one model that starts from the same weights each time."""
-    tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
-    batches = make_benchmark_batches(settings, tokenizer)
-    filled = [fill(batches, settings.microbatch_tokens)] * (settings.warmup_steps + 2)
+    model, batches = policy.load_policy(settings.model, settings.device), make_benchmark_batches(settings)
+    row = partial(packed_row, model, batches, settings)
     ways = {
         rows.NAIVE: lambda: fitting((8, 4, 2), partial(naive_row, model, batches, settings)),
-        rows.EAGER: lambda: packed_row(model, batches, settings, share_prefix=False),
-        rows.FULL: lambda: packed_row(model, batches, settings, share_prefix=True),
-        rows.PLAIN: lambda: packed_row(model, batches, settings, share_prefix=True),
-        rows.NO_SHARING: lambda: packed_row(model, batches, settings, share_prefix=False),
-        rows.LIGER: lambda: packed_row(model, batches, settings, share_prefix=True, backward=liger_backward),
-        rows.FILLED: lambda: packed_row(model, filled, settings, share_prefix=False),
+        rows.EAGER: lambda: row(share_prefix=False),
+        rows.FULL: lambda: row(share_prefix=True),
+        rows.NO_SHARING: lambda: row(share_prefix=False),
     }
-    base = [p.detach().cpu().clone() for p in model.parameters()]
+    ways |= {name: partial(limited_row, model, batches, settings, size) for name, size in rows.MEMORY.items()}
+    base = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     for variant in rows.VARIANTS[settings.part]:
         model.zero_grad(set_to_none=True)  # of a variant that failed
-        with torch.no_grad():
-            for parameter, weight in zip(model.parameters(), base, strict=True):
-                parameter.copy_(weight)
+        model.load_state_dict(base)
         with torch.compiler.set_stance("force_eager" if variant in (rows.NAIVE, rows.EAGER) else "default"):
             attempt(settings, variant, ways[variant])
-
-
-def measure_memory(settings: Settings) -> None:
-    """Our path where the policy may take only so much of the card, as if the card were smaller."""
-    tokenizer, model = policy.load_tokenizer(settings.model), policy.load_policy(settings.model, settings.device)
-    batches = make_benchmark_batches(settings, tokenizer)
-    whole = torch.cuda.get_device_properties(settings.device).total_memory
-    for variant, gigabytes in rows.MEMORY.items():
-        model.zero_grad(set_to_none=True)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole), settings.device)
-        attempt(settings, variant, lambda: packed_row(model, batches, settings, share_prefix=True))
-
-
-def measure_cpu(settings: Settings) -> None:
-    """Our path and the naive one on `mini`, in its own batches."""
-    mini = PROFILES["mini"]
-    sizes = {"batch": mini["batch_size"], "microbatch_tokens": mini["microbatch_tokens"]}
-    measure_ours(replace(settings, model=mini["model"], data_dir=Path(mini["data_dir"]), device="cpu", **sizes))
 
 
 # --- TRL -------------------------------------------------------------------------------------------------------------
@@ -202,13 +149,12 @@ class StepTimer(TrainerCallback):
     def __init__(self):
         self.moments = []
 
-    def on_train_begin(self, args, state, control, **others):
-        self.moments.append(time.perf_counter())
-
     def on_step_end(self, args, state, control, **others):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.moments.append(time.perf_counter())
+
+    on_train_begin = on_step_end
 
 
 def uneven_attention(module, query, key, value, mask, scaling, cu_seq_lens_q=None, max_length_q=None, **others):
@@ -217,7 +163,7 @@ def uneven_attention(module, query, key, value, mask, scaling, cu_seq_lens_q=Non
     return attention.packed_attention(module, query, key, value, mask, scaling, packing=packing)
 
 
-def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], liger: bool, size: int) -> dict:
+def trl_row(settings: Settings, batches: Batches, liger: bool, size: int) -> dict:
     """Train with SFTTrainer on the same batches, `size` examples a forward pass."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -227,7 +173,7 @@ def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], liger:
     model = AutoModelForCausalLM.from_pretrained(
         settings.model, dtype=torch.float32, attn_implementation="uneven", use_safetensors=True
     )
-    timer = StepTimer()
+    timer, tokenizer = StepTimer(), policy.load_tokenizer(settings.model)
     if not liger:
         for layer in model.model.layers:  # as torch_compile=True, which compiles for minutes where this takes seconds
             layer.compile(dynamic=True)
@@ -246,9 +192,7 @@ def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], liger:
             save_strategy="no", report_to="none", disable_tqdm=True, seed=settings.seed,
             use_cpu=settings.device == "cpu",
         )  # fmt: skip
-        trainer = SFTTrainer(
-            model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[timer]
-        )
+        trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[timer])
         trainer.train()
     loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
     steps = [{"seconds": after - before, "loss": loss} for before, after in itertools.pairwise(timer.moments)]
@@ -257,8 +201,6 @@ def trl_row(settings: Settings, tokenizer, batches: list[list[Sequence]], liger:
 
 def measure_trl(settings: Settings) -> None:
     """Each configuration with the most examples a forward pass that fit."""
-    tokenizer = policy.load_tokenizer(settings.model)
-    batches = make_benchmark_batches(settings, tokenizer)
+    batches = make_benchmark_batches(settings)
     for variant, liger in rows.TRL.items():
-        row = partial(trl_row, settings, tokenizer, batches, liger)
-        attempt(settings, variant, partial(fitting, (32, 16, 8), row))
+        attempt(settings, variant, partial(fitting, (32, 16, 8), partial(trl_row, settings, batches, liger)))

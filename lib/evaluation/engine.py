@@ -1,7 +1,7 @@
 """vLLM behind the assignment's `init_vllm`: one engine, made of one or more replicas that share the prompts.
 
-On a GPU each replica is a process of its own (`worker.py`), so that vLLM's Python and the training loop's don't wait
-for each other; on the CPU the one replica is a thread of this process. Nothing but this folder knows vLLM.
+On a GPU each replica is a process (`worker.py`), so that vLLM's Python and the training loop's don't wait for each
+other; on the CPU the one replica is a thread.
 """
 
 import contextlib
@@ -20,24 +20,19 @@ from lib.evaluation.memory import Shape, card_memory, model_shape, plan_share
 from lib.evaluation.replica import EngineError, Generation, Replica, Sampling, start_replicas, start_thread
 from lib.logs import captured
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-PRECISION_BYTES = {"bf16": 2, "fp32": 4}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MOST_AT_ONCE = 1024  # responses that the replicas on a GPU generate at a time, all together
 
 
 @dataclass
 class Engine:
-    """An engine with its place and its way of receiving weights."""
-
     replicas: list[Replica]
     device: str
     train_device: str
     precision: str
     log_file: Path
-    timeout: float
     started: float  # time.perf_counter() of the call that started it
     start_seconds: float | None = None  # once it is ready
-    sleeps: bool = False  # gives its memory back in `rest`
     asleep: bool = False
     senders: list = field(default_factory=list)  # on GPUs: vLLM's weight transfer to each replica
     rounding: float | None = None  # mean difference of log-probabilities in the first proof (nats)
@@ -55,18 +50,18 @@ class Engine:
         return captured(self.log_file) if self.in_process else contextlib.nullcontext()
 
     def ask_all(self, name: str, *arguments) -> list:
-        """What each replica answers to the same call; they work on it side by side."""
-        with self.output_captured():
-            for replica in self.replicas:
-                replica.send(name, *arguments)
-            return [replica.result() for replica in self.replicas]
+        """What each replica answers to the same call."""
+        return self.ask_each(name, [arguments] * len(self.replicas))
+
+    def ask_each(self, name: str, arguments: list[tuple]) -> list:
+        """What each replica answers to a call with arguments of its own; they work side by side."""
+        with self.output_captured(), ThreadPoolExecutor(len(self.replicas)) as threads:
+            calls = [threads.submit(r.call, name, *a) for r, a in zip(self.replicas, arguments, strict=True)]
+            return [call.result() for call in calls]
 
 
 def init_vllm(model: str, device: str, train_device: str, **settings) -> Engine:
-    """Start an engine for `model` on `device`, ready to receive the weights of a policy on `train_device`.
-
-    The settings are those of `begin_vllm`. Raises `EngineError` if the engine does not start.
-    """
+    """Start an engine for `model` on `device`, for a policy on `train_device`; settings as in `begin_vllm`."""
     engine = begin_vllm(model, device, train_device, **settings)
     wait_until_ready(engine)
     return engine
@@ -79,51 +74,44 @@ def begin_vllm(
     *,
     log_file: Path,
     precision: str = "bf16",
-    seed: int = 0,
     max_model_len: int,
     gpu_memory_utilization: float | None = None,
     reserved_bytes: int = 0,
     engines: int | None = None,
     replicas: list[Replica] | None = None,
     timeout: float = 600.0,
-    enable_prefix_caching: bool | None = None,
-    sleep: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
     **options,
 ) -> Engine:
     """Begin to start an engine; on a GPU this returns at once, and `wait_until_ready` says whether it worked.
 
-    `max_model_len` counts prompt and response tokens. On a GPU `engines` replicas (see `start_replicas`, which may have
-    started their processes before: `replicas`) take `gpu_memory_utilization` of its memory together; None: most of
-    what is free, less `reserved_bytes` for a policy on the same card. What vLLM prints goes to `log_file`. Later calls
-    raise `EngineError` where a replica gives no sign of life for `timeout` seconds. `sleep`: the engine can give its
-    memory back (`rest`) until it gets new weights. `options` are further settings of vLLM's `LLM`.
+    `max_model_len` counts prompt and response tokens. On a GPU `replicas`, or else those of `start_replicas`, take
+    `gpu_memory_utilization` of its memory together; None: most of what is free, less `reserved_bytes` for a policy on
+    the same card. Calls raise `EngineError` where a replica gives no sign of life for `timeout` seconds. `options` are
+    further settings of vLLM's `LLM`.
     """
     started = time.perf_counter()
     replicas = replicas or start_replicas(device, train_device, engines) or [start_thread()]
-    engine = Engine(replicas, device, train_device, precision, log_file, timeout, started, sleeps=sleep)
+    engine = Engine(replicas, device, train_device, precision, log_file, started)
     settings = {
         "model": model,
         "revision": revision,
         "tokenizer_revision": revision,
-        "dtype": DTYPES[precision],
-        "seed": seed,
+        "dtype": str(DTYPES[precision]).removeprefix("torch."),
         "max_model_len": max_model_len,
         # A GPU's engine is faster without, and has no blocks of former weights that could be taken for valid.
-        "enable_prefix_caching": device == "cpu" if enable_prefix_caching is None else enable_prefix_caching,
+        "enable_prefix_caching": device == "cpu",
         "trust_remote_code": trust_remote_code,
         "load_format": "safetensors",  # nothing pickled, which could run code
-        "disable_log_stats": True,
     }
     try:
         if device == "cpu":
-            settings |= _cpu_settings()
+            # Nothing compiled and little cache (1 GiB): with nothing to warm up the engine starts in seconds.
+            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 128}
         else:
             shape = model_shape(model, trust_remote_code, revision)
-            room = {"share": gpu_memory_utilization, "reserved": _still_to_come(reserved_bytes, device, train_device)}
-            settings |= _gpu_settings(device, shape, len(replicas), precision, max_model_len, **room)
-            settings |= {"weight_transfer": "ipc" if device == train_device else "nccl", "enable_sleep_mode": sleep}
+            settings |= _gpu_settings(engine, shape, max_model_len, gpu_memory_utilization, reserved_bytes)
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with engine.output_captured():
             for replica in replicas:
@@ -142,9 +130,8 @@ def wait_until_ready(engine: Engine) -> None:
     if engine.start_seconds is not None:
         return
     try:
-        with engine.output_captured():
-            for replica in engine.replicas:
-                replica.result()
+        for replica in engine.replicas:
+            replica.result()
     except BaseException as error:
         shutdown(engine)
         if isinstance(error, EngineError):
@@ -153,33 +140,29 @@ def wait_until_ready(engine: Engine) -> None:
     engine.start_seconds = time.perf_counter() - engine.started
 
 
-def _cpu_settings() -> dict:
-    """Nothing compiled, 1 GiB of key/value cache: with nothing to warm up the engine starts in seconds."""
-    return {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 128}
-
-
-def _still_to_come(reserved_bytes: int, device: str, train_device: str) -> int:
-    """What a policy in this process will take beside what it has: the latter is not free any more."""
-    held = torch.cuda.memory_reserved(device) if device == train_device else 0
-    return max(0, reserved_bytes - held)
-
-
-def _gpu_settings(device: str, shape: Shape, engines: int, precision: str, max_model_len: int, **room) -> dict:
-    """Settings of each of the replicas on a GPU: its memory, and which steps are recorded as CUDA graphs.
-
-    Nothing is compiled: an engine of some minutes would not win that time back.
-    """
-    lengths = {"max_model_len": max_model_len, "most_at_once": MOST_AT_ONCE // min(engines, 2)}
-    element = PRECISION_BYTES[precision]
-    plan = plan_share(*card_memory(device), shape, engines=engines, precision_bytes=element, **lengths, **room)
+def _gpu_settings(engine: Engine, shape: Shape, max_model_len: int, share: float | None, reserved: int) -> dict:
+    """A replica's memory and CUDA graphs on a GPU; nothing is compiled, which would not pay in some minutes."""
+    one_gpu = engine.device == engine.train_device
+    held = torch.cuda.memory_reserved(engine.device) if one_gpu else 0  # by the policy: not free any more
+    plan = plan_share(
+        *card_memory(engine.device),
+        shape,
+        share=share,
+        engines=len(engine.replicas),
+        precision_bytes=DTYPES[engine.precision].itemsize,
+        max_model_len=max_model_len,
+        most_at_once=MOST_AT_ONCE // min(len(engine.replicas), 2),
+        reserved=max(0, reserved - held),
+    )
     sizes = [*(2**i for i in range(9)), *range(384, plan.at_once + 1, 128)]
     return {
         "gpu_memory_utilization": plan.share,  # refused at once where so much is not free
         "kv_cache_memory_bytes": plan.cache_bytes,
         "max_num_seqs": plan.at_once,
+        "weight_transfer_config": {"backend": "ipc" if one_gpu else "nccl"},
         "compilation_config": {
             "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_mode": "FULL_AND_PIECEWISE",  # without compiling: see VLLM_USE_BREAKABLE_CUDAGRAPH in replica.py
             "cudagraph_capture_sizes": [size for size in sizes if size <= plan.at_once],
         },
     }
@@ -188,9 +171,8 @@ def _gpu_settings(device: str, shape: Shape, engines: int, precision: str, max_m
 def generate(
     engine: Engine, prompts: list[list[int]], sampling: Sampling, *, seed: int = 0, log_probs: bool = False
 ) -> list[list[Generation]]:
-    """For each prompt its `sampling.samples` responses, in order.
+    """For each prompt (token ids) its `sampling.samples` responses, which end with `</answer>` where they say it.
 
-    Prompts are token ids, so that training and evaluation see the same. Generation stops at `</answer>`, which is kept.
     The same weights, prompts and `seed` give the same responses, on a GPU to within the rounding of its kernels.
     """
     return answer(engine, [(prompt, sampling) for prompt in prompts], seed=seed, log_probs=log_probs)
@@ -199,20 +181,14 @@ def generate(
 def answer(
     engine: Engine, requests: list[tuple[list[int], Sampling]], *, seed: int = 0, log_probs: bool = False
 ) -> list[list[Generation]]:
-    """As `generate`, for prompts with a sampling each, which may differ. Each replica gets every so many-th of them."""
+    """As `generate`, with a sampling for each prompt. The replicas get them in turn."""
     wait_until_ready(engine)
-    own_seed, seeded = random.Random(seed).getrandbits(62), []
-    for prompt, sampling in requests:
-        seeded.append((prompt, sampling, own_seed))
-        own_seed += sampling.samples
+    first_seed = random.Random(seed).getrandbits(60)
+    seeded = [(*request, first_seed + (i << 20)) for i, request in enumerate(requests)]  # samples count upwards from it
     count, merged = len(engine.replicas), [None] * len(requests)
-    with engine.output_captured(), ThreadPoolExecutor(count) as threads:
-        calls = [
-            threads.submit(replica.call, "generate", seeded[first::count], seed, log_probs)
-            for first, replica in enumerate(engine.replicas)
-        ]
-        for first, call in enumerate(calls):
-            merged[first::count] = call.result()
+    parts = [(seeded[first::count], seed, log_probs) for first in range(count)]
+    for first, part in enumerate(engine.ask_each("generate", parts)):
+        merged[first::count] = part
     return merged
 
 
@@ -231,23 +207,15 @@ def in_background(call: Callable) -> Future:
 
 
 def rest(engine: Engine) -> None:
-    """Have an engine that `sleeps` give its memory back until it gets new weights; its present ones are lost."""
-    if engine.sleeps and not engine.asleep:
-        engine.ask_all("ask", "sleep", 2)
-        engine.asleep = True
+    """Have an engine with the option `enable_sleep_mode` give its memory back until it gets new weights."""
+    engine.ask_all("ask", "sleep", 2)
+    engine.asleep = True
 
 
 def shutdown(engine: Engine) -> None:
-    """End the engine and free its memory and its processes; safe to call twice, and for one that hangs.
-
-    On the CPU a hung one can't be ended: its thread ends with this process, the notebook's kernel.
-    """
-    replicas, engine.replicas = engine.replicas, []
-    if not replicas:
-        return
-    for sender in engine.senders:
-        sender.shutdown()
-    engine.senders = []
+    """End the engine, its processes too; safe to call twice, and for one that hangs (as a thread it stays)."""
+    while engine.senders:
+        engine.senders.pop().shutdown()
     with captured(engine.log_file):
-        for replica in replicas:
-            replica.close()
+        while engine.replicas:
+            engine.replicas.pop().close()

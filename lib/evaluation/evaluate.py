@@ -20,7 +20,7 @@ Z = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation saw: one record a response, prompt and generation behind each, the seconds of its parts."""
+    """One record a response, the prompt and the generation behind each, and the seconds that parts took."""
 
     records: list[dict]
     prompts: list[list[int]]
@@ -36,62 +36,51 @@ def encode_prompts(problems: list[Problem], template: Template, tokenizer) -> li
 def evaluate(
     engine: Engine, problems: list[Problem], prompts: list[list[int]], samplings: dict[str, Sampling], seed: int = 0
 ) -> dict[str, Evaluation]:
-    """Have the engine answer each problem with the weights that it holds, by each of `samplings`, and grade.
+    """Have the engine answer each problem, by each of `samplings`, and grade: an `Evaluation` for each of their names.
 
-    Returns an `Evaluation` for each name in `samplings`. A GPU answers them all in one call, with one tail of long
-    responses; their seconds of generation are shared out by tokens. A record has `id`, `sample` (0 to samples - 1),
-    `subject`, `level`, `response`, `finish_reason`, `tokens`, `format` and `correct` (the course's format and answer
-    reward), `undecided` and `lenient` (see `lib.grading.Grade`), `verdict` (one of `VERDICTS`, or `FAILED`) and
-    `token_entropy` (None until `log_generations`).
+    A GPU answers them all in one call; the seconds of generation are shared out by tokens. In a record `sample` counts
+    the responses to a problem from 0, `format` and `correct` are the course's rewards, `undecided` and `lenient` are
+    those of `lib.grading.Grade`, and `token_entropy` is None until `log_generations`.
     """
     if engine.device == "cpu" and len(samplings) > 1:  # draws of one decoding don't depend on the other
         return {n: evaluate(engine, problems, prompts, {n: s}, seed)[n] for n, s in samplings.items()}
     started = time.perf_counter()
-    requests = [(prompt, sampling) for sampling in samplings.values() for prompt in prompts]
-    answers = answer(engine, requests, seed=seed)
+    answers = answer(engine, [(prompt, s) for s in samplings.values() for prompt in prompts], seed=seed)
     seconds = time.perf_counter() - started
     all_tokens = sum(len(g.token_ids) for generations in answers for g in generations)
     evaluations = {}
     for number, (name, sampling) in enumerate(samplings.items()):
         part = answers[number * len(prompts) : (number + 1) * len(prompts)]
         generations = [generation for generations in part for generation in generations]
-        repeated = [problem for problem in problems for _ in range(sampling.samples)]
+        asked = [(p, prompt, k) for p, prompt in zip(problems, prompts, strict=True) for k in range(sampling.samples)]
         started = time.perf_counter()
-        grades = grade_in_detail([g.text for g in generations], [p.answer for p in repeated])
+        grades = grade_in_detail([g.text for g in generations], [problem.answer for problem, _, _ in asked])
         records = [
-            _record(problem, position % sampling.samples, generation, grade)
-            for position, (problem, generation, grade) in enumerate(zip(repeated, generations, grades, strict=True))
+            {
+                "id": problem.id,
+                "sample": sample,
+                "subject": problem.subject,
+                "level": problem.level,
+                "response": generation.text,
+                "finish_reason": generation.finish_reason,
+                "tokens": len(generation.token_ids),
+                "format": grade.form,
+                "correct": grade.correct,
+                "undecided": grade.undecided,
+                "lenient": grade.lenient,
+                "verdict": verdict(grade, generation),
+                "token_entropy": None,
+            }
+            for (problem, _, sample), generation, grade in zip(asked, generations, grades, strict=True)
         ]
-        share = sum(len(g.token_ids) for g in generations) / max(1, all_tokens)
-        evaluations[name] = Evaluation(
-            records,
-            [prompt for prompt in prompts for _ in range(sampling.samples)],
-            generations,
-            {"generate": seconds * share, "grade": time.perf_counter() - started},
-        )
+        share = sum(record["tokens"] for record in records) / max(1, all_tokens)
+        parts = {"generate": seconds * share, "grade": time.perf_counter() - started}
+        evaluations[name] = Evaluation(records, [prompt for _, prompt, _ in asked], generations, parts)
     return evaluations
 
 
-def _record(problem: Problem, sample: int, generation: Generation, grade: Grade) -> dict:
-    return {
-        "id": problem.id,
-        "sample": sample,
-        "subject": problem.subject,
-        "level": problem.level,
-        "response": generation.text,
-        "finish_reason": generation.finish_reason,
-        "tokens": len(generation.token_ids),
-        "format": grade.form,
-        "correct": grade.correct,
-        "undecided": grade.undecided,
-        "lenient": grade.lenient,
-        "verdict": verdict(grade, generation),
-        "token_entropy": None,
-    }
-
-
 def verdict(grade: Grade, generation: Generation) -> str:
-    """Keep apart what an accuracy mixes: a wrong answer, an ended response without one, and a response cut off."""
+    """One of `VERDICTS`, or `FAILED`: an accuracy mixes wrong answers, responses without one, and those cut off."""
     if generation.finish_reason == FAILED:
         return FAILED
     if grade.correct:
@@ -102,15 +91,14 @@ def verdict(grade: Grade, generation: Generation) -> str:
 
 
 def summarize(records: list[dict]) -> dict:
-    """Counts, rates and mean lengths (tokens) of an evaluation: records problem by problem, with as many samples each.
+    """Counts, rates and mean lengths (tokens) of records, which come problem by problem with as many samples each.
 
-    `n` counts problems, the verdicts count responses; `accuracy` is their mean, with an interval at 95 % (see
-    `interval`). `mean_token_entropy` is over the `token_entropy_responses` whose entropy was measured. An evaluation
-    with failed responses has counts only: a rate over the others would be that of another set.
+    `n` counts problems, everything else is over responses. With failed responses there are counts only: a rate over
+    the others would be that of another set.
     """
-    counts = {name: sum(r["verdict"] == name for r in records) for name in (*VERDICTS, FAILED)}
     n = sum(r["sample"] == 0 for r in records)
-    counts = {"n": n, "samples": len(records) // n, **counts}
+    counts = {"n": n, "samples": len(records) // n}
+    counts |= {name: sum(r["verdict"] == name for r in records) for name in (*VERDICTS, FAILED)}
     if counts[FAILED]:
         return counts
     correct = [r["correct"] for r in records]
@@ -131,20 +119,18 @@ def summarize(records: list[dict]) -> dict:
         "token_entropy_responses": len(entropies),
         "generated_tokens": sum(r["tokens"] for r in records),
     }
-    keys = {
-        "by_level": lambda r: r["level"],
-        "by_subject": lambda r: r["subject"],
-        "by_subject_and_level": lambda r: r["subject"] and r["level"] and f"{r['subject']}|{r['level']}",
+    return summary | {
+        "by_level": _counts_by(records, "level"),
+        "by_subject": _counts_by(records, "subject"),
+        "by_subject_and_level": _counts_by(records, "subject", "level"),
     }
-    return summary | {name: _counts_by(records, key) for name, key in keys.items()}
 
 
 def interval(correct: list[bool], samples: int) -> tuple[float, float]:
     """95 % interval of the accuracy of responses, `samples` in a row to each problem: Wilson's, on the effective size.
 
-    Samples of one problem are alike and tell less than as many problems would: the effective size is the number of
-    independent responses whose mean varies as the problems' means do (Miller 2024, clustered errors). It lies between
-    the number of problems, which it is with one sample each, and that of responses.
+    Samples of one problem are alike: the effective size is the number of independent responses whose mean varies as
+    the problems' means do (Miller 2024, clustered errors). With one sample each it is the number of problems.
     """
     mean, n = sum(correct) / len(correct), len(correct) // samples
     means = [sum(correct[i : i + samples]) / samples for i in range(0, len(correct), samples)]
@@ -160,40 +146,28 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _counts_by(records: list[dict], key) -> dict[str, dict[str, int]]:
-    """Counts of responses by a key; those without one (data without levels or subjects) are left out."""
-    groups = defaultdict(lambda: {"n": 0, "correct": 0, "format": 0})
+def _counts_by(records: list[dict], *keys: str) -> dict[str, dict[str, int]]:
+    """Counts of responses by the values of `keys`; those that lack one are left out."""
+    groups = defaultdict(list)
     for record in records:
-        if (name := key(record)) is not None:
-            group = groups[name]
-            group["n"] += 1
-            group["correct"] += record["correct"]
-            group["format"] += record["format"]
-    return dict(sorted(groups.items()))
+        if None not in (values := [record[key] for key in keys]):
+            groups["|".join(values)].append(record)
+    sums = {name: {k: sum(r[k] for r in group) for k in ("correct", "format")} for name, group in groups.items()}
+    return {name: {"n": len(groups[name])} | sums[name] for name in sorted(groups)}
 
 
 def log_generations(
-    policy: torch.nn.Module,
-    evaluation: Evaluation,
-    chosen: list[int],
-    device: str,
-    precision: str,
+    policy: torch.nn.Module, evaluation: Evaluation, chosen: list[int], device: str, precision: str
 ) -> list[dict]:
-    """Add the policy's mean token entropy (nats) to the records at the positions `chosen`, and return these records.
+    """Add the mean token entropy (nats) to the records at the positions `chosen`, and return these records.
 
-    The entropy is the policy's own, over the whole vocabulary at each token of the response; vLLM reports only the
-    log-probabilities of chosen tokens.
+    It is the policy's own, over the whole vocabulary; vLLM reports only the log-probabilities of chosen tokens.
     """
-    was_training = policy.training
-    policy.eval()
     for position in chosen:
-        response = evaluation.generations[position].token_ids
-        if not response:
-            continue
-        prompt = evaluation.prompts[position]
-        sequence = Sequence(evaluation.records[position]["id"], prompt + response, len(prompt))
-        with torch.no_grad(), as_written(policy), autocast(device, precision):
-            _, entropy = response_log_probs(policy, pack([sequence]).to(device))
-        evaluation.records[position]["token_entropy"] = entropy.mean().item()
-    policy.train(was_training)
+        response, prompt = evaluation.generations[position].token_ids, evaluation.prompts[position]
+        if response:
+            with torch.no_grad(), as_written(policy), autocast(device, precision):
+                packing = pack([Sequence("", prompt + response, len(prompt))]).to(device)
+                _, entropy = response_log_probs(policy, packing)
+            evaluation.records[position]["token_entropy"] = entropy.mean().item()
     return [evaluation.records[position] for position in chosen]

@@ -1,7 +1,6 @@
 """How much of a GPU's memory an engine takes: planned before it starts, beside what the policy will need there.
 
-Left to itself, vLLM would find out by what the card has left, and count what other processes take or give back in
-these seconds.
+vLLM would measure it instead, and count what other processes take or give back in these seconds.
 """
 
 import functools
@@ -44,10 +43,9 @@ class Plan:
 @functools.cache
 def model_shape(model: str, trust_remote_code: bool = False, revision: str | None = None) -> Shape:
     """A model's shape, by its configuration alone."""
-    options = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(model, revision=revision, **options)
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(config, **options)
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -66,7 +64,7 @@ def policy_bytes(
     """What a policy needs on its card, at most, with `microbatch_tokens` tokens in a forward pass.
 
     Compiled layers keep, for each token, gate and value of the MLP and about six vectors of the hidden size, in bf16;
-    with `recompute` each layer keeps its input alone. At the 1.5 B shape: 45 GB were measured for 16,158 tokens.
+    with `recompute` each layer keeps its input alone.
     """
     kept = shape.hidden if recompute else 2 * shape.intermediate + 6 * shape.hidden
     return shape.parameters * bytes_a_parameter + microbatch_tokens * shape.layers * kept * 2 + LOGITS_BYTES
@@ -76,13 +74,11 @@ def card_memory(device: str) -> tuple[int, int]:
     """Total and free bytes of a GPU, without a CUDA context on it."""
     query = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        command = [*query, f"--id={gpu_id(device)}"]
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-        total, free = (int(part) << 20 for part in output.strip().split(","))
-        return total, free
-    except (OSError, subprocess.SubprocessError, ValueError):
+        output = subprocess.check_output([*query, f"--id={gpu_id(device)}"], text=True, timeout=30)
+        total, free = (int(part) << 20 for part in output.split(","))
+    except (OSError, subprocess.SubprocessError, ValueError):  # such as for a part of a card (MIG)
         free, total = torch.cuda.mem_get_info(device)
-        return total, free
+    return total, free
 
 
 def plan_share(
@@ -97,29 +93,22 @@ def plan_share(
     most_at_once: int,
     reserved: int = 0,
 ) -> Plan:
-    """Divide a card's memory (bytes) among `engines` of them.
+    """Divide a card's memory (bytes) among `engines` of them, which take no more than `most_at_once` responses need.
 
-    `share`: of the whole memory for all of them together; None: most of what is free, less `reserved`, which others,
-    such as the policy, will still take. No cache is larger than `most_at_once` responses of `max_model_len` tokens
-    can fill. Raises `EngineError` where too little is left.
+    `share`: of the whole memory for all of them together; None: most of what is free, less `reserved`, which the policy
+    will still take. Raises `EngineError` where too little is left.
     """
     budget = share * total if share is not None else SPARE * (free - reserved)
-    token_bytes = shape.cache_elements * precision_bytes
-    cache = int(budget / engines) - shape.parameters * precision_bytes - BESIDE_WEIGHTS
-    if cache < LEAST_AT_ONCE * max_model_len * token_bytes:
-        why = (
-            f"gpu_memory_utilization={share}: {budget / GIB:.1f} GiB"
-            if share is not None
-            else f"gpu_memory_utilization=None: of {free / GIB:.1f} GiB that are free, {reserved / GIB:.1f} GiB are "
-            f"left to the policy, and the other {max(0.0, budget) / GIB:.1f} GiB"
-        )
-        needed = shape.parameters * precision_bytes + BESIDE_WEIGHTS + LEAST_AT_ONCE * max_model_len * token_bytes
+    response = shape.cache_elements * precision_bytes * max_model_len  # bytes of cache at its full length
+    fixed = shape.parameters * precision_bytes + BESIDE_WEIGHTS
+    cache = int(budget / engines) - fixed
+    if cache < LEAST_AT_ONCE * response:
+        beside = f"of {free / GIB:.1f} GiB that are free, {reserved / GIB:.1f} GiB are left to the policy; the other "
         raise EngineError(
-            f"{why} are too little for {engines} {'engine' if engines == 1 else 'engines'}: weights, activations and "
-            f"{LEAST_AT_ONCE} responses of {max_model_len} tokens need {engines * needed / GIB:.1f} GiB"
+            f"gpu_memory_utilization={share}: {beside if share is None else ''}{max(0, budget) / GIB:.1f} GiB are too "
+            f"little for {engines} {'engine' if engines == 1 else 'engines'}: weights, activations and {LEAST_AT_ONCE} "
+            f"responses of {max_model_len} tokens need {engines * (fixed + LEAST_AT_ONCE * response) / GIB:.1f} GiB"
         )
-    cache = min(cache, most_at_once * max_model_len * token_bytes)
+    cache = min(cache, most_at_once * response)
     # More responses than half filled fit would be put off and computed anew.
-    at_once = max(LEAST_AT_ONCE, min(most_at_once, 2 * cache // (token_bytes * max_model_len)))
-    taken = cache + shape.parameters * precision_bytes + BESIDE_WEIGHTS
-    return Plan(taken / total, cache, at_once)
+    return Plan((cache + fixed) / total, cache, min(most_at_once, 2 * cache // response))

@@ -1,6 +1,7 @@
 """The course's r1_zero reward, safe for text that a model wrote."""
 
 import hashlib
+from importlib import metadata
 from pathlib import Path
 
 from lib.grading.rule import Grade, grade_in_detail, grade_many, r1_zero_reward_fn
@@ -11,9 +12,7 @@ __all__ = ["Grade", "grade_in_detail", "grade_many", "r1_zero_reward_fn", "stop_
 
 def version() -> str:
     """Return a hash over this package's source files and sympy's version: the same hash, the same verdicts."""
-    from importlib.metadata import version as installed
-
-    digest = hashlib.sha256(f"sympy {installed('sympy')}".encode())
+    digest = hashlib.sha256(f"sympy {metadata.version('sympy')}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,9 +1,8 @@
 """Equality of small algebraic expressions, without evaluating any text as code.
 
 An expression is a canonical spelling from `answers.py` (digits, letters, + - * / ^ ( ), pi, and √⟨...⟩). What is too
-large, too deep or too general is refused beforehand; the rest is read with `ast.parse`, which only parses, and built
-node by node from the handful of kinds below. No sympify, no parse_expr, no latex2sympy or math-verify: each of them
-hands some of the text to Python's `eval` (latex2sympy does so with every integer).
+large or too general is refused beforehand; the rest is read with `ast.parse`, which only parses, and built node by
+node. sympify, parse_expr, latex2sympy and math-verify hand some of the text to Python's `eval`.
 """
 
 import ast
@@ -12,7 +11,6 @@ import operator
 import re
 
 LONGEST_EXPRESSION = 150  # characters
-DEEPEST_NESTING = 6  # parentheses and roots
 MOST_LETTERS = 2  # as the course has it
 ALLOWED = re.compile(r"(?:[0-9a-zπ+\-*/^().]|√⟨|√\[[2-9]\]⟨|⟩)+")
 REFUSED = re.compile(
@@ -50,30 +48,16 @@ def is_algebra(gold: str, answer: str) -> bool:
     both = f"{gold} {answer}"
     if len(set(re.findall(r"[a-z]", both))) > MOST_LETTERS or REFUSED.search(both):
         return False
-    return all(map(is_small, (gold, answer)))
-
-
-def is_small(text: str) -> bool:
-    """Tell whether a spelling has only allowed characters and balanced, shallow parentheses."""
-    if len(text) > LONGEST_EXPRESSION or not ALLOWED.fullmatch(text.replace("pi", "π")):
-        return False
-    depth = 0
-    for character in text:
-        depth += (character in "(⟨") - (character in ")⟩")
-        if not 0 <= depth <= DEEPEST_NESTING:
-            return False
-    return depth == 0
+    texts = (gold.replace("pi", "π"), answer.replace("pi", "π"))
+    return all(len(text) <= LONGEST_EXPRESSION and ALLOWED.fullmatch(text) for text in texts)
 
 
 @functools.lru_cache(maxsize=10_000)
-def parse(text: str) -> ast.expr | None:
-    """Return the syntax tree of an expression that passed `is_algebra`, or None where it has no meaning ("2+*3")."""
+def parse(text: str) -> ast.expr:
+    """Return the syntax tree of an expression that passed `is_algebra`, or raise SyntaxError ("2+*3")."""
     for pattern, replacement in TO_PYTHON:
         text = re.sub(pattern, replacement, text)
-    try:
-        return ast.parse(text, mode="eval").body
-    except (SyntaxError, MemoryError, RecursionError):
-        return None
+    return ast.parse(text, mode="eval").body
 
 
 def build(node: ast.expr, number, letter, root):
@@ -99,14 +83,11 @@ def may_be_equal(gold: str, answer: str) -> bool:
     def letter(name):
         return mp.pi if name == "pi" else mp.mpf(ord(name)) / 89 - 1 / mp.sqrt(7)  # any point will do
 
-    trees = parse(gold), parse(answer)
-    if None in trees:
-        return False
     with mp.workdps(50):
         try:
-            gold_value, answer_value = (build(tree, mp.mpf, letter, mp.root) for tree in trees)
+            gold_value, answer_value = (build(parse(text), mp.mpf, letter, mp.root) for text in (gold, answer))
             return abs(gold_value - answer_value) <= mp.mpf(10) ** -30 * (1 + abs(gold_value))
-        except (ArithmeticError, ValueError):  # division by zero, say
+        except (ArithmeticError, ValueError, SyntaxError, MemoryError, RecursionError):  # no value, no meaning
             return False
 
 
@@ -117,8 +98,5 @@ def are_equal(gold: str, answer: str) -> bool:
     def letter(name):
         return sympy.pi if name == "pi" else sympy.Symbol(name)
 
-    trees = parse(gold), parse(answer)
-    if None in trees:
-        return False
-    gold_value, answer_value = (build(tree, sympy.Integer, letter, sympy.root) for tree in trees)
+    gold_value, answer_value = (build(parse(text), sympy.Integer, letter, sympy.root) for text in (gold, answer))
     return sympy.simplify(gold_value - answer_value) == 0

@@ -4,10 +4,9 @@
     answer    what follows the last `<answer>`, without `</answer>`; of `\\boxed{...}` in it, what the last one holds
     verdict   1. the same text in one spelling   2. the same plain numbers   3. the same expression by algebra
 
-Steps 1 and 2 (`answers.py`) are text only and settle nearly all. Step 3 (`algebra.py`) builds small, whitelisted
-expressions and has sympy prove them equal, in worker processes with hard limits of time and memory.
-math-verify doesn't serve here: its parser, and latex2sympy below it, hand text to Python's `eval`; its time limit needs
-the main thread; and it rounds to six digits, so that 0.333333 would pass for 1/3.
+Steps 1 and 2 (`answers.py`) are text only and settle nearly all; for step 3 (`algebra.py`) sympy works in processes of
+its own. math-verify doesn't serve here: it hands text to Python's `eval`, its time limit needs the main thread, and
+0.333333 would pass for 1/3.
 """
 
 import itertools
@@ -21,6 +20,8 @@ from lib.files import UserError
 from lib.grading.answers import compare, holds_units_only
 from lib.grading.workers import SMALLEST_MEMORY, ask_workers
 
+SETTLED = ()  # the question whose answer is yes
+
 # The lenient reading
 LENIENT_TAG = re.compile(r"<\s*(/?)\s*answer\s*>", re.IGNORECASE)
 LAST_CHARACTERS = 4000  # of a response, in which its last number is looked for
@@ -32,9 +33,8 @@ SENTENCE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,} +[a-zA-Z]{2,}")
 class Grade:
     """How one response was graded.
 
-    `form`: it has the form. `correct`: form and right answer, the course's reward. `undecided`: not correct only
-    because a limit of time or memory was hit, or the worker process died. `lenient`: right by the lenient reading
-    (`read_leniently`), which never enters accuracy.
+    `correct`: form and right answer, the course's reward. `undecided`: not correct only because a limit of time or
+    memory was hit, or the worker process died. `lenient`: right by `read_leniently`, which never enters accuracy.
     """
 
     form: bool
@@ -47,43 +47,27 @@ def r1_zero_reward_fn(response: str, ground_truth, fast: bool = True) -> dict[st
     """Grade one response: {"reward", "format_reward", "answer_reward"}, each 0.0 or 1.0.
 
     `ground_truth` is the gold answer, a text or a number; of a list of them, one is enough. `fast` is the course's
-    third argument: there False asks math-verify for a second opinion, which evaluates text and rounds; here both
-    values give the same verdict. The rare answer that needs algebra waits for a worker process, so this can't hang.
+    third argument: there False asks math-verify for a second opinion; here both values give the same verdict.
     """
     return grade_many([response], [ground_truth])[0]
 
 
 def grade_many(
-    responses: Sequence[str],
-    ground_truths: Sequence,
-    workers: int | None = None,
-    timeout: float = 2.0,
-    memory_bytes: int = 1 << 30,
+    responses: Sequence[str], ground_truths: Sequence, workers: int | None = None, timeout=2.0, memory_bytes=1 << 30
 ) -> list[dict[str, float]]:
     """Grade responses as `r1_zero_reward_fn` does, in the order given; for the parameters see `grade_in_detail`."""
     grades = grade_in_detail(responses, ground_truths, workers, timeout, memory_bytes)
-    return [
-        {
-            "reward": float(grade.correct),
-            "format_reward": float(grade.form),
-            "answer_reward": float(grade.correct),
-        }
-        for grade in grades
-    ]
+    rewards = [(float(grade.correct), float(grade.form)) for grade in grades]
+    return [{"reward": correct, "format_reward": form, "answer_reward": correct} for correct, form in rewards]
 
 
 def grade_in_detail(
-    responses: Sequence[str],
-    ground_truths: Sequence,
-    workers: int | None = None,
-    timeout: float = 2.0,
-    memory_bytes: int = 1 << 30,
+    responses: Sequence[str], ground_truths: Sequence, workers: int | None = None, timeout=2.0, memory_bytes=1 << 30
 ) -> list[Grade]:
     """Grade responses in the order given; a ground truth is a text, a number or a list of them.
 
-    `timeout` (seconds of processor time) and `memory_bytes` bound each answer in its worker process. An answer that
-    reaches a limit or kills its worker is not correct, but undecided; the others go on. `workers` is as many as the
-    process has cores where it is None. They stay for the next call, until the process ends.
+    `timeout` (seconds of processor time) and `memory_bytes` bound each answer that needs a worker process. `workers` is
+    as many as the process has cores where it is None; they stay for the next call, until the process ends.
     Raises UserError where the lengths differ or a value can't be used.
     """
     check(responses, ground_truths, workers, timeout, memory_bytes)
@@ -91,22 +75,13 @@ def grade_in_detail(
         judge(response, gold_answers(gold, f"grade_many: ground_truths[{number}]"))
         for number, (response, gold) in enumerate(zip(responses, ground_truths, strict=True))
     ]
-    questions = {
-        question for _, *verdicts in judged for verdict in verdicts if isinstance(verdict, list) for question in verdict
-    }
-    equal = ask_workers(sorted(questions), workers, timeout, memory_bytes) if questions else {}
-
-    def settle(verdict) -> bool | None:
-        if isinstance(verdict, bool):
-            return verdict
-        answers = [equal[question] for question in verdict]
-        return True in answers or (None if None in answers else False)
-
+    questions = {question for _, *readings in judged for reading in readings for question in reading} - {SETTLED}
+    equal = {SETTLED: True} | (ask_workers(sorted(questions), workers, timeout, memory_bytes) if questions else {})
     grades = []
-    for form, verdict, lenient_verdict in judged:
-        correct = settle(verdict)
-        lenient = correct or settle(lenient_verdict)
-        grades.append(Grade(form, correct is True, undecided=correct is None, lenient=lenient is True))
+    for form, *readings in judged:
+        strict, lenient = ({equal[question] for question in reading} for reading in readings)
+        undecided = None in strict and True not in strict
+        grades.append(Grade(form, True in strict, undecided, lenient=True in strict | lenient))
     return grades
 
 
@@ -125,11 +100,6 @@ def check(responses, ground_truths, workers, timeout, memory_bytes) -> None:
         raise UserError(f"grade_many: timeout must be positive, not {timeout}")
     if memory_bytes < SMALLEST_MEMORY:
         raise UserError(f"grade_many: memory_bytes must be at least {SMALLEST_MEMORY}, not {memory_bytes}")
-
-
-def has_form(response: str) -> bool:
-    """Tell whether the response has the form that the r1_zero prompt asks for."""
-    return "</think> <answer>" in response and "</answer>" in response
 
 
 def extract_answer(response: str) -> str | None:
@@ -163,10 +133,9 @@ def boxed(text: str) -> str | None:
 def read_leniently(response: str) -> str | None:
     r"""Return the answer where a tolerant reader would find it, or None where the response has none.
 
-    What follows the last `<answer>` (any case, white space in the tag, whatever stands before it), up to the next
-    tag or the end; of `\boxed{...}` in it, what the last one holds. Without the tag: what the last `\boxed{...}` of the
-    response holds; without a box: the last number of the response. A tag around a sentence with a single number stands
-    for this number.
+    What follows the last `<answer>` (any case, white space in the tag), up to the next tag or the end; without the tag,
+    the whole response. Of this: what the last `\boxed{...}` holds; or the last number, where there is no tag or a
+    sentence with a single number in it; or all.
     """
     tags = list(LENIENT_TAG.finditer(response))
     last = max((i for i, tag in enumerate(tags) if not tag[1]), default=None)
@@ -198,22 +167,18 @@ def gold_answers(ground_truth, name: str = "ground_truth") -> list[str]:
     return golds
 
 
-def judge(response: str, golds: list[str]) -> tuple[bool, bool | list[tuple], bool | list[tuple]]:
-    """Return the form, the verdict by the course's rule and the verdict by the lenient reading."""
-    form = has_form(response)
+def judge(response: str, golds: list[str]) -> tuple[bool, list[tuple], list[tuple]]:
+    """Return the form, and the questions that decide about the answer and about its lenient reading."""
+    form = "</think> <answer>" in response and "</answer>" in response
     answer, reading = extract_answer(response) if form else None, read_leniently(response)
-    verdict = judge_answer(answer, golds)
-    return form, verdict, verdict if verdict is True or reading == answer else judge_answer(reading, golds)
+    asked = questions_about(answer, golds)
+    return form, asked, asked if asked == [SETTLED] or reading == answer else questions_about(reading, golds)
 
 
-def judge_answer(answer: str | None, golds: list[str]) -> bool | list[tuple]:
-    """Judge by spelling and numbers: True, False, or the questions of which one must be answered with yes.
+def questions_about(answer: str | None, golds: list[str]) -> list[tuple]:
+    """Return the questions of which one must be answered with yes: `SETTLED` for a right answer, none for a wrong one.
 
-    A question is a tuple of (gold, answer) expressions that must all be equal by algebra.
+    A question is a tuple of pairs (gold, answer) of expressions that must all be equal by algebra.
     """
-    if answer is None:
-        return False
-    verdicts = [compare(gold, answer) for gold in golds]
-    if any(verdict is True for verdict in verdicts):
-        return True
-    return [tuple(verdict) for verdict in verdicts if verdict] or False
+    verdicts = [compare(gold, answer) for gold in golds] if answer is not None else []
+    return [SETTLED] if True in verdicts else [tuple(verdict) for verdict in verdicts if verdict]

@@ -50,16 +50,15 @@ class Look:
     marker: str
 
 
-def look(size: str, short: bool = False) -> Look:
+def look(size: str) -> Look:
     """Label, colour, line and marker of a size, the same in every figure."""
     if size == "base":
-        return Look("base" if short else "zero-shot base", GREY, ":", "*")
+        return Look("zero-shot base", GREY, ":", "*")
     if size.startswith("filtered"):
         return Look("filtered", VERMILION, "--", "p")
     if size == "control":
         return Look("control", PURPLE, "-.", "<")
-    label = size if size == "full" else size.replace("n", "" if short else "n = ")
-    return Look(label, shade(size), "-", MARKERS.get(size, "P"))
+    return Look(size.replace("n", "n = "), shade(size), "-", MARKERS.get(size, "P"))
 
 
 def shade(size: str):
@@ -95,20 +94,14 @@ def percent_axis(axis):
 
 
 def legend_above(figure, axes):
-    """The names of the lines of `axes`, in a row above the whole figure."""
-    lines = [line for line in axes.lines if not line.get_label().startswith("_")]
-    columns = math.ceil(len(lines) / math.ceil(len(lines) / 7))
+    """The names of the lines or bars of `axes`, in a row above the whole figure."""
+    handles, names = axes.get_legend_handles_labels()
+    columns = math.ceil(len(names) / math.ceil(len(names) / 7))
     close = {"handlelength": 2.2, "handletextpad": 0.5, "columnspacing": 1.2, "frameon": False}
-    figure.legend(handles=lines, loc="outside upper center", ncols=columns, **close)
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, **close)
 
 
 def bare_bars(axes):
     axes.grid(False)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-
-
-def plain_cells(axes):
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)

@@ -1,27 +1,11 @@
-"""The report's pictures. Each function takes tables of numbers.py and returns a figure and the data behind it.
+"""The report's pictures. Each function takes tables of numbers.py and returns a figure and the data behind it."""
 
-What the marks mean stands under the picture, in the notebook.
-"""
-
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lib.evaluation.verdicts import VERDICT_WORDS, VERDICTS
-from lib.report.canvas import (
-    GREY,
-    HALO,
-    PURPLE,
-    VERMILION,
-    bare_bars,
-    canvas,
-    legend_above,
-    look,
-    percent_axis,
-    plain_cells,
-    styled,
-)
+from lib.report.canvas import GREY, HALO, PURPLE, VERMILION, bare_bars, canvas, legend_above, look, percent_axis, styled
 from lib.report.tables import signed
 
 NOTE = {"textcoords": "offset points", "path_effects": HALO}  # of every annotation
@@ -30,28 +14,20 @@ VERDICT_LOOK = {  # fill and ink; from Okabe and Ito's palette, dark to light, s
     "correct": ("#00523f", "white"),
     "wrong": ("#e69f00", "black"),
     "no_answer": ("#b9d9ec", "black"),
-    "truncated": ("#efefef", "black"),
+    "truncated": ("#dddddd", "black"),
 }
 
 
-def examples_axis(axes, ends, first):
-    """Examples seen; logarithmic from the first evaluation on where the runs end far apart, so that short ones show."""
-    axes.set_xlabel("training examples seen")
-    last = max(ends)
-    if last > 4 * min(ends):
+def examples_axis(axes, seen: pd.Series, between_ticks: float = 4.0):
+    """Examples seen: 0 for the base, then logarithmic from the first evaluation on, so that short runs show."""
+    first, last = seen[seen > 0].min(), seen.max()
+    axes.set_xlabel("training examples seen (log)")
+    if last > 0:
         axes.set_xscale("symlog", linthresh=first, linscale=0.35, base=2)
-        wide = axes.get_position().width > 0.5
-        ticks = [0, *(first_power(first) * (2 if wide else 8) ** k for k in range(20))]
-        axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= last * 1.2]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        if wide:
-            axes.set_xlabel("training examples seen (logarithmic after the zero-shot base at 0)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", "\u202f")))
-
-
-def first_power(value: float) -> float:
-    """The first of 100, 400, 1600, ... (or 25) that is not below `value`."""
-    return next(start for start in (25, 100, 400, 1600, 6400, 25600, 10**9) if start >= value)
+    ticks = 25 * between_ticks ** np.arange(20)
+    axes.xaxis.set_major_locator(FixedLocator([0, *ticks[(ticks >= first) & (ticks <= last * 1.2)]]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:.0f}")
 
 
 @styled
@@ -62,33 +38,23 @@ def accuracy_curves(curves: pd.DataFrame, target: float | None = None):
         band = (curve["examples_seen"], curve["accuracy_low"], curve["accuracy_high"])
         axes.fill_between(*band, color=look(size).colour, alpha=0.1, linewidth=0)
     draw_lines(axes, curves, "accuracy")
-    ends = [line.get_xdata()[-1] for line in axes.lines]
     base = curves[curves["train_step"] == 0]["accuracy"].mean()
     axes.plot(0, base, marker="*", color=GREY, markersize=11, clip_on=False, zorder=5)
     axes.annotate("base", (0, base), (6, 7), color=GREY, **NOTE)
-    trained = curves[curves["examples_seen"] > 0]["examples_seen"]
-    examples_axis(axes, ends if len(trained) else [1], trained.min() if len(trained) else 1)
+    examples_axis(axes, curves["examples_seen"])
     percent_axis(axes.yaxis)
     axes.set_ylabel("validation accuracy")
     top = curves["accuracy_high"].max()
     near = bool(target) and target <= 2 * top  # a target far above would press all curves to the floor
     axes.set_ylim(bottom=0, top=max(top, target if near else 0) * 1.06)
     if target:
-        target_line(axes, target, near)
+        name = f"the assignment's target, {target * 100:.0f} %" + ("" if near else ", lies above this scale")
+        axes.axhline(target, color="black", linewidth=1, linestyle=(0, (1, 2)))
+        place = (0.01, target if near else axes.get_ylim()[1])
+        axes.annotate(name, place, (0, 3 if near else -10), xycoords=axes.get_yaxis_transform(), **NOTE)
     axes.margins(x=0.02)
     legend_above(figure, axes)
     return figure, curves
-
-
-def target_line(axes, target: float, near: bool):
-    """The target as a line, or in words at the top where it lies above the scale."""
-    name = f"the assignment's target, {target:.0%}".replace("%", " %")
-    if near:
-        axes.axhline(target, color="black", linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(name, (0.01, target), (0, 3), xycoords=axes.get_yaxis_transform(), **NOTE)
-    else:
-        name += ", lies above this scale"
-        axes.annotate(name, (0.01, 1), (0, -2), xycoords="axes fraction", va="top", **NOTE)
 
 
 @styled
@@ -96,9 +62,7 @@ def final_accuracy(sampled: pd.DataFrame, greedy: pd.DataFrame, seeds: pd.DataFr
     """Accuracy and form at the end over the number of traces. Filled: sampled with intervals, points: single seeds,
     hollow: greedy, dashes: the lenient reading. `seeds`: `final_lines`."""
     figure, panels = canvas(3.8, columns=2, sharex=True)
-    unfiltered = sampled[
-        [size not in ("base", "control") and not size.startswith("filtered") for size in sampled.index]
-    ]
+    unfiltered = sampled[~sampled.index.str.match("base|control|filtered")]
     shown = (("accuracy", "Accuracy"), ("format_rate", "Answers in the right form"))
     for axes, (key, title) in zip(panels, shown, strict=True):
         axes.set_title(title)
@@ -106,61 +70,37 @@ def final_accuracy(sampled: pd.DataFrame, greedy: pd.DataFrame, seeds: pd.DataFr
         if "base" in sampled.index:
             base = sampled.loc["base"]
             axes.axhspan(base[f"{key}_low"], base[f"{key}_high"], color=GREY, alpha=0.15, linewidth=0)
-            axes.axhline(base[key], color=GREY, linestyle=":")
-            place = {"xycoords": axes.get_yaxis_transform(), "ha": "right"}
-            axes.annotate("zero-shot base", (0.99, base[key]), (0, 3), color=GREY, **place, **NOTE)
+            axes.axhline(base[key], color=GREY, linestyle=":", label=look("base").label)
         axes.plot(unfiltered["selected"], unfiltered[key], color="#bbbbbb", zorder=1)
         for size, row in sampled.drop(index="base", errors="ignore").iterrows():
             final_point(axes, size, row, key, greedy, seeds.loc[seeds["size"] == size, key])
         for source in published:
-            place = 1 if key == "accuracy" else 2
-            points = [(point[0], point[place]) for point in source["points"].values() if point[0] and point[place]]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            axes.plot(x, y, source["mark"], color="black", markersize=7, linestyle="none")
+            n, accuracy, form = np.array([point for point in source["points"].values() if point[0]], float).T
+            theirs = {"color": "black", "markersize": 7, "label": source["source"].split("/")[0]}
+            axes.plot(n, accuracy if key == "accuracy" else form, source["mark"], **theirs)
         axes.set_xlabel("distinct training traces")
-        examples_ticks(axes, sampled["selected"][sampled["selected"] > 0])
+        axes.xaxis.set_major_formatter("{x:.0f}")
         percent_axis(axes.yaxis)
         axes.set_ylim(0, 1.15 if key == "format_rate" else axes.get_ylim()[1] * 1.06)
+    legend_above(figure, panels[0])
     return figure, pd.concat([sampled.assign(decoding="sampled"), greedy.assign(decoding="greedy")]).reset_index()
 
 
 def final_point(axes, size, row, key, greedy, seeds):
-    """One size: its mean with its interval, its seeds, greedy and lenient marks, and a name where the axis has none."""
-    style, x = look(size, short=True), row["selected"]
+    """One size: its mean with its interval, its seeds, greedy and lenient marks."""
+    style, x = look(size), row["selected"]
     axes.vlines(x, row[f"{key}_low"], row[f"{key}_high"], color=style.colour, linewidth=2)
     if len(seeds) > 1:
         axes.plot([x * 1.06] * len(seeds), seeds, ".", color=style.colour, alpha=0.55, markersize=4)
-    axes.plot(x, row[key], marker=style.marker, color=style.colour, markersize=6, markeredgecolor="white", zorder=3)
-    if size in greedy.index:
-        axes.plot(x, greedy.loc[size, key], marker=style.marker, color=style.colour, fillstyle="none", markersize=6)
+    mark = {"marker": style.marker, "color": style.colour, "markersize": 6}
+    axes.plot(x, row[key], zorder=3, linestyle="none", label=style.label, **mark)
+    axes.plot(x, greedy[key].get(size, np.nan), fillstyle="none", **mark)
     lenient = row["lenient_accuracy"] if key == "accuracy" else np.nan
     axes.plot(x, lenient, marker="_", color=style.colour, markersize=13, markeredgewidth=2)
-    shared = {"color": style.colour, "fontweight": "bold", **NOTE}
-    if size == "full":
-        axes.annotate(style.label, (x, row[key]), (8, -2), va="top", **shared)
-    elif size == "control" and key == "accuracy":
-        axes.annotate(style.label, (x, row[f"{key}_low"]), (-8, -3), va="top", **shared)
-    elif size.startswith("filtered"):  # above all marks of its column
-        highest = np.nanmax([row[f"{key}_high"], greedy[key].get(size, 0.0), lenient])
-        axes.annotate(style.label, (x, highest), (4, 6), ha="right", **shared)
-
-
-def examples_ticks(axes, numbers):
-    """Ticks at the sizes themselves, a line lower where the one before is too near; room for labels on both sides."""
-    numbers, last, names = sorted(numbers), 0.0, {}
-    for number in numbers:
-        near = number <= 1.6 * last
-        names[number] = f"\n{number:.0f}" if near else f"{number:.0f}"
-        last = last if near else number
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(list(names), names.values())
-    if numbers:
-        axes.set_xlim(numbers[0] / 1.6, numbers[-1] * 1.9)
 
 
 @styled
 def verdicts(sampled: pd.DataFrame):
-    """What became of the answers: correct, wrong, wrong form, cut off, one bar a size."""
     sizes = list(sampled.index)[::-1]
     counts = sampled.loc[sizes, list(VERDICTS)]
     shares = counts.div(counts.sum(axis=1), axis=0)
@@ -168,12 +108,12 @@ def verdicts(sampled: pd.DataFrame):
     left = np.zeros(len(sizes))
     for verdict in VERDICTS:
         colour, ink = VERDICT_LOOK[verdict]
-        axes.barh(range(len(sizes)), shares[verdict], left=left, color=colour, edgecolor="white", height=0.72)
-        for place, share in enumerate(shares[verdict]):
-            if share >= 0.05:
-                axes.text(left[place] + share / 2, place, f"{share * 100:.0f}", ha="center", va="center", color=ink)
+        named = {"color": colour, "label": VERDICT_WORDS[verdict]}
+        bars = axes.barh(range(len(sizes)), shares[verdict], left=left, edgecolor="white", height=0.72, **named)
+        texts = [f"{share * 100:.0f}" if share >= 0.05 else "" for share in shares[verdict]]
+        axes.bar_label(bars, texts, label_type="center", color=ink)
         left += shares[verdict].to_numpy()
-    name_verdicts(axes, shares.iloc[-1], len(sizes))
+    legend_above(figure, axes)
     axes.set_yticks(range(len(sizes)), [look(size).label for size in sizes])
     bare_bars(axes)
     axes.set_xlim(0, 1)
@@ -182,62 +122,32 @@ def verdicts(sampled: pd.DataFrame):
     return figure, shares.iloc[::-1].reset_index()
 
 
-def name_verdicts(axes, top, rows):
-    """The meaning of the colours, in a line above the bars."""
-    for place, verdict in enumerate(VERDICTS):
-        colour, words = VERDICT_LOOK[verdict][0], VERDICT_WORDS[verdict]
-        x = place * 0.2
-        axes.add_patch(
-            matplotlib.patches.Rectangle(
-                (x, rows - 0.38), 0.018, 0.4, facecolor=colour, edgecolor="#999999", linewidth=0.5, clip_on=False
-            )
-        )
-        axes.text(x + 0.025, rows - 0.18, words, va="center")
-    axes.set_ylim(-0.5, rows + 0.1)
-
-
 @styled
 def training(metrics: pd.DataFrame, curves: pd.DataFrame):
-    """Loss and token entropy of every step (running means over SMOOTHED steps; thin: single seeds, bold: their mean),
-    and the mean length of responses to the validation subset."""
+    """Loss and token entropy (means over seeds, running over SMOOTHED steps), and the length of responses."""
     figure, (loss, entropy, length) = canvas(3.3, columns=3)
-    steps = metrics.sort_values("train_step", kind="stable").set_index(["size", "run"])
     for axes, column, title in ((loss, "loss", "Training loss"), (entropy, "token_entropy", "Token entropy")):
-        draw_steps(axes, steps, column)
+        draw_steps(axes, metrics, column)
         axes.set_title(title)
         axes.set_ylabel("nats a response token")
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
     draw_lines(length, curves, "mean_tokens")
     length.set(title="Length of responses", ylabel="tokens", ylim=(0, None))
-    for axes in (loss, entropy, length):
-        seen = sorted({x for line in axes.lines for x in line.get_xdata() if x > 0})
-        ends = [line.get_xdata()[-1] for line in axes.lines]
-        examples_axis(axes, ends, seen[0])
-        axes.set_xlim(left=0 if axes is length else seen[0])
+    for axes, seen in ((loss, metrics), (entropy, metrics), (length, curves)):
+        examples_axis(axes, seen["examples_seen"], between_ticks=8.0)
+        axes.set_xlim(left=seen["examples_seen"].min())  # steps begin at the first batch, evaluations at 0
     legend_above(figure, length)
-    return figure, metrics[
-        ["run", "train_step", "examples_seen", "loss", "token_entropy", "grad_norm", "learning_rate"]
-    ]
+    return figure, metrics[["run", "train_step", "examples_seen", "loss", "token_entropy", "learning_rate"]]
 
 
-def draw_steps(axes, steps: pd.DataFrame, column: str):
-    """`steps`: indexed by size and run, in the order of steps."""
-    for size, runs in steps.groupby("size", sort=False):
-        style, lines = look(size), []
-        for _, rows in runs.groupby("run"):
-            smooth = rows[column].rolling(SMOOTHED, center=True, min_periods=1).mean()
-            lines.append(pd.Series(smooth.to_numpy(), index=rows["examples_seen"]))
-        mean = pd.concat(lines, axis=1).mean(axis=1) if len(lines) > 1 else lines[0]
-        for line in lines[1:] and lines:
-            axes.plot(line.index, line, color=style.colour, alpha=0.3, linewidth=0.7)
-        axes.plot(mean.index, mean, style.line, color=style.colour)
+def draw_steps(axes, metrics: pd.DataFrame, column: str):
+    for size, rows in metrics.groupby("size", sort=False):
+        steps = rows.groupby("train_step")[["examples_seen", column]].mean()
+        smooth = steps[column].rolling(SMOOTHED, center=True, min_periods=1).mean()
+        axes.plot(steps["examples_seen"], smooth, look(size).line, color=look(size).colour)
 
 
 def draw_lines(axes, curves: pd.DataFrame, column: str):
-    """A line with marks a size over training."""
     for size, curve in curves.groupby("size", sort=False):
         style = look(size)
         marks = {"marker": style.marker, "markeredgecolor": "white", "markeredgewidth": 0.6, "label": style.label}
@@ -254,16 +164,13 @@ def heat_map(tables: dict[str, pd.DataFrame]):
     for axes, (size, table) in zip(panels, tables.items(), strict=True):
         cells = table.assign(accuracy=table["correct"] / table["n"]).pivot(index="subject", columns="level")
         cells = cells.reindex(subjects).reindex(columns=levels, level="level")
-        image = axes.imshow(cells["accuracy"], cmap="viridis", vmin=0, vmax=top, aspect="auto")
+        axes.imshow(cells["accuracy"], cmap="viridis", vmin=0, vmax=top, aspect="auto")
         write_cells(axes, *(cells[name].to_numpy() for name in ("accuracy", "correct", "n")), top)
         axes.set_xticks(range(len(levels)), [level.replace("Level ", "") for level in levels])
         axes.set_yticks(range(len(subjects)), subjects)
         axes.set_title(look(size).label)
         axes.set_xlabel("level")
-        plain_cells(axes)
-    bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02)
-    percent_axis(bar.ax.yaxis)
-    bar.outline.set_visible(False)
+        bare_bars(axes)
     return figure, pd.concat([table.assign(size=size) for size, table in tables.items()])
 
 
@@ -273,9 +180,8 @@ def write_cells(axes, values, correct, counts, top):
             ink = "black" if values[row, column] > 0.55 * top else "white"
             shared = {"ha": "center", "va": "center", "color": ink}
             axes.text(column, row - 0.12, f"{values[row, column] * 100:.0f} %", **shared)
-            axes.text(
-                column, row + 0.28, f"{correct[row, column]:.0f} of {counts[row, column]:.0f}", fontsize=6, **shared
-            )
+            small = f"{correct[row, column]:.0f} of {counts[row, column]:.0f}"
+            axes.text(column, row + 0.28, small, fontsize=6, **shared)
 
 
 @styled
@@ -290,17 +196,12 @@ def differences(parts: dict):
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(parts)), list(parts)[::-1])
     axes.set_ylim(-0.5, len(parts) - 0.3)
-    axes.xaxis.set_major_formatter(FuncFormatter(points_tick))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: signed(value)))
     axes.set_xlabel("percentage points of validation accuracy, 95 % intervals")
     bare_bars(axes)
     axes.grid(True, axis="x")
     rows = [{"part": name, "value": part.value, "low": part.low, "high": part.high} for name, part in parts.items()]
     return figure, pd.DataFrame(rows)
-
-
-def points_tick(value: float, _=None) -> str:
-    shown = round(value * 100, 2)
-    return f"{shown:+g}".replace("-", "−") if shown else "0"
 
 
 @styled
@@ -315,9 +216,8 @@ def tuning_grid(grid: pd.DataFrame, choice: dict):
         ring = {"markersize": 14, "fillstyle": "none", "color": "black"}
         axes.plot(chosen["learning_rate"] * 1.02**place, chosen["accuracy"], "o", **ring)
     axes.set_xscale("log")
-    axes.set_xticks(
-        sorted(grid["learning_rate"].unique()), [f"{rate:g}" for rate in sorted(grid["learning_rate"].unique())]
-    )
+    rates = sorted(grid["learning_rate"].unique())
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="learning rate", ylabel="accuracy on tuning problems", ylim=(0, None))
     percent_axis(axes.yaxis)

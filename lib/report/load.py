@@ -71,14 +71,13 @@ def load(runs_dir) -> Study:
     shown = shown_path(folder)
     if not folder.is_dir():
         raise UserError(f"runs_dir: there is no folder {shown}")
-    runs = [read_run(child) for child in sorted(folder.iterdir()) if is_run(child)]
+    folders = {path.parent for name in ("config", "failed") for path in folder.glob(f"*/{name}.json")}
+    runs = [read_run(child) for child in sorted(folders)]
     if not runs:
         raise UserError(f"runs_dir: {shown} holds no run; make one with notebooks/train.ipynb or lib.study")
     if not any(run.status == "finished" for run in runs):
-        states = "; ".join(
-            f"{run.name} {f'failed ({run.reason})' if run.reason else 'is not finished'}" for run in runs
-        )
-        raise UserError(f"runs_dir: no run in {shown} is finished: {states}")
+        states = [f"{run.name} {f'failed ({run.reason})' if run.reason else 'is not finished'}" for run in runs]
+        raise UserError(f"runs_dir: no run in {shown} is finished: {'; '.join(states)}")
     runs = [replace(run, size="control") if is_control(run, runs) else run for run in runs]
     runs.sort(key=lambda run: (run.size.startswith("filtered"), run.size == "control", selected(run), run.seed))
     runs, doubles = one_for_each(runs)
@@ -93,10 +92,6 @@ def load(runs_dir) -> Study:
     whole = [row for row in evaluations if graded(row) == asked(row)]
     broken = [(r["run"], r["train_step"], graded(r), asked(r)) for r in evaluations if graded(r) != asked(r)]
     return Study(folder, runs, pd.DataFrame(metrics), pd.DataFrame(whole), broken, doubles)
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / "failed.json").is_file()
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -132,16 +127,14 @@ def selected(run: RunFolder) -> int:
 
 def one_for_each(runs: list[RunFolder]) -> tuple[list[RunFolder], list[tuple[str, str]]]:
     """One run a size and seed, a finished one or else the one with the study's own name; and the others' names."""
-    stands: dict[tuple[str, int], str] = {}
 
     def rank(run: RunFolder) -> tuple:
         n, filtered = run.parameters.get("n"), run.parameters.get("filtered", False)
         return run.status != "finished", run.name != default_run_name(n, filtered, run.seed), run.name
 
-    for run in sorted(runs, key=rank):
-        stands.setdefault((run.size, run.seed), run.name)
+    stands = {(run.size, run.seed): run for run in sorted(runs, key=rank, reverse=True)}  # the first by rank stays
     twins = [(run, stands[run.size, run.seed]) for run in runs]
-    return [run for run, twin in twins if run.name == twin], [(r.name, twin) for r, twin in twins if r.name != twin]
+    return [run for run, twin in twins if run is twin], [(r.name, twin.name) for r, twin in twins if r is not twin]
 
 
 def graded(row: dict) -> int:
@@ -185,14 +178,6 @@ def records(path: Path) -> pd.DataFrame:
     return pd.DataFrame(read_lines(path), columns=RECORD)
 
 
-def answers(study: Study, size: str, decoding: str = "sampled") -> pd.DataFrame:
-    """All final answers of a size or of "base", its seeds together, with a column `seed`."""
-    lines = final_lines(study, decoding)
-    lines = lines[lines["size"] == size]
-    tables = [records(path).assign(seed=seed) for path, seed in zip(lines["path"], lines["seed"], strict=True)]
-    return pd.concat(tables or [pd.DataFrame(columns=[*RECORD, "seed"])])
-
-
 def cells(lines: pd.DataFrame, column: str = "correct") -> pd.DataFrame:
     """The share of `column` over the samples of each problem: rows problems, columns seeds. `lines`: evaluations of one
     size at one moment, a seed each. Empty where the answers of a seed are gone or don't have the column.
@@ -202,6 +187,5 @@ def cells(lines: pd.DataFrame, column: str = "correct") -> pd.DataFrame:
     tables = {seed: records(path) for path, seed in zip(lines["path"], lines["seed"], strict=True)}
     if any(rows.empty or rows[column].isna().any() for rows in tables.values()):
         return pd.DataFrame()
-    return pd.DataFrame(
-        {s: rows[column].astype(float).groupby(rows["id"]).mean() for s, rows in tables.items()}
-    ).dropna()
+    shares = {seed: rows[column].astype(float).groupby(rows["id"]).mean() for seed, rows in tables.items()}
+    return pd.DataFrame(shares).dropna()

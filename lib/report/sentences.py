@@ -6,20 +6,10 @@ import numpy as np
 
 from lib.files import absolute
 from lib.report import numbers
-from lib.report.load import Study, shown_path
+from lib.report.load import SIZES, Study, shown_path
 from lib.report.numbers import Comparison
 from lib.report.statistics import MARGIN
-from lib.report.tables import (
-    bullets,
-    listed,
-    named,
-    p_text,
-    percent,
-    points,
-    published,
-    signed,
-    with_interval,
-)
+from lib.report.tables import listed, named, p_text, percent, points, published, signed, with_interval
 
 TARGET = 0.15  # the assignment: at least 15 % on MATH with the full set, learning rate and batch size tuned
 NOT_PAIRED = "Sizes can't be compared problem by problem: they share no seed, or their answers are missing."
@@ -29,18 +19,17 @@ VERBS = {  # after "More traces" and "Keeping only the correct traces"
     "alike": ("make no difference of 2 points or more:", "makes no difference of 2 points or more:"),
     "undecided": ("make no difference that this study can tell:", "makes no difference that this study can tell:"),
 }
+RECIPE = ("learning_rate", "batch_size", "epochs", "temperature", "top_p", "max_new_tokens")
 
 
 # --- The first screen ----------------------------------------------------------------------------------------------
 
 
 def target_accuracy(study: Study) -> float | None:
-    """The assignment's target is for MATH; `mini` has none."""
     return TARGET if study.profile == "math" else None
 
 
 def title(study: Study, note: str | None = None) -> str:
-    """The question, the model (with the first sentence of its card, where its folder has one) and a given note."""
     data = {"math": "MATH", "mini": "the generated `mini` problems"}.get(study.profile, "problems")
     models = sorted({run.parameters["model"] for run in study.runs if run.parameters.get("model")})
     cards = [f"**The model.** {card}" for card in map(model_card, models) if card]
@@ -57,53 +46,46 @@ def model_card(model: str) -> str:
     """The first sentence of the README.md in a model's folder; nothing where there is none."""
     path = absolute(model) / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the hub's fields
-    prose = [part for part in text.split("\n\n") if part.strip() and not part.lstrip().startswith(("#", "<", "|"))]
-    return re.split(r"(?<=\.)\s", " ".join(prose[0].split()))[0] if prose else ""
+    found = re.search(r"^[A-Z].*?\.(?=\s)", text, flags=re.MULTILINE | re.DOTALL)  # below the heading
+    return " ".join(found[0].split()) if found else ""
 
 
 def finding(study: Study) -> str:
-    """The finding in two sentences with numbers, and one on the assignment's target."""
     changes = numbers.comparisons(study)
     sentences = [finding_of_size(study, changes), finding_of_filter(study, changes), finding_of_target(study)]
     return f"**Finding.** {' '.join(sentence for sentence in sentences if sentence)}"
 
 
 def finding_of_size(study: Study, changes: dict[tuple[str, str], Comparison]) -> str:
-    """Least against most traces, and the base."""
     sizes, table = study.unfiltered, numbers.final(study)
     if not sizes:
         return "No run on an unfiltered set is finished, so nothing can be said about the number of traces yet."
-    reached = [f"{with_interval(table.loc[size])} with {table.loc[size, 'selected']:.0f} traces" for size in sizes]
+    ends = dict.fromkeys([sizes[0], sizes[-1]])
+    reached = [f"{with_interval(table.loc[size])} with {table.loc[size, 'selected']:.0f} traces" for size in ends]
     base = "no base was measured"
     if "base" in table.index:
         base = f"the zero-shot base reaches {with_interval(table.loc['base'])}"
-    if len(sizes) == 1:
-        return f"Sampled accuracy is {reached[0]}; {base}."
-    change = changes.get((sizes[0], sizes[-1]))
-    if change is None:
-        return f"Sampled accuracy is {reached[0]} and {reached[-1]}; {base}. {NOT_PAIRED}"
-    return f"More traces {VERBS[change.outcome][0]} {evidence(change)}, from {reached[0]} to {reached[-1]}; {base}."
+    if change := changes.get(tuple(ends)):
+        return f"More traces {VERBS[change.outcome][0]} {evidence(change)}, from {' to '.join(reached)}; {base}."
+    return f"Sampled accuracy is {listed(reached)}; {base}.{f' {NOT_PAIRED}' if len(ends) > 1 else ''}"
 
 
 def finding_of_filter(study: Study, changes: dict[tuple[str, str], Comparison]) -> str:
-    """Filtered against full with the two parts of the difference, and against the control."""
     lacking = [size for size in ("full", "filtered") if size not in study.sizes]
     change, control = changes.get(("full", "filtered")), changes.get(("control", "filtered"))
     if change is None:
         why = "no finished run for " + listed(map(named, lacking)) if lacking else "no seed and problem in common"
         return f"Whether filtering helps can't be said: {why}."
-    filtered, full = (f"{numbers.final(study).loc[size, 'selected']:.0f}" for size in ("filtered", "full"))
+    traces, verb = numbers.final(study)["selected"], VERBS[change.outcome][1]
     text = (
-        f"Keeping only the correct {filtered} of {full} traces {VERBS[change.outcome][1]} {evidence(change)}; form "
-        f"accounts for {signed(change.form.value)} points of it, correctness within the form for "
+        f"Keeping only the correct {traces['filtered']:.0f} of {traces['full']:.0f} traces {verb} {evidence(change)}; "
+        f"form accounts for {signed(change.form.value)} points of it, correctness within the form for "
         f"{signed(change.correctness.value)}."
     )
     return f"{text} Against a random subset of that size it is {points(control.accuracy)}." if control else text
 
 
 def evidence(change: Comparison) -> str:
-    """A sampled difference with its interval and both p, and what the lenient reading says of it."""
     value = signed(change.accuracy.value)
     value = value.lstrip("+−") if change.clear else value  # the verb has the sign
     interval = f"95 % interval {signed(change.accuracy.low)} to {signed(change.accuracy.high)}"
@@ -117,13 +99,12 @@ def finding_of_target(study: Study) -> str:
     if goal is None:
         return ""
     reached = table[table["accuracy"] >= goal]
+    unsure = reached.index[reached["accuracy_low"] < goal]
+    outcome = f"is reached with {listed(map(named, reached.index))}"
+    outcome += f"; the interval of {listed(map(named, unsure))} reaches below it" if len(unsure) else ""
     if reached.empty:
         best = table["accuracy"].idxmax()
         outcome = f"is not reached: the best is {with_interval(table.loc[best])} with {named(best)}"
-    else:
-        unsure = reached[reached["accuracy_low"] < goal].index
-        doubt = f", though the interval of {listed(map(named, unsure))} reaches below it" if len(unsure) else ""
-        outcome = f"is reached with {listed(map(named, reached.index))}{doubt}"
     return f"The assignment's target of {percent(goal, 0)} {outcome}."
 
 
@@ -132,8 +113,7 @@ def caution(study: Study) -> str:
     seeds = [len(study.of_size(size)) for size in study.sizes]
     text = (
         "One seed: the intervals hold the choice of problems and the sampling of answers. They do not hold what "
-        "another seed would change: the subset, the order of training and its chance. Shares have Wilson's interval; "
-        "p is of the exact paired test, and intervals of differences agree with it."
+        "another seed would change: the subset, the order of training and its chance. p is of the exact paired test."
     )
     if max(seeds) > 1:
         count = max(seeds) if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
@@ -154,15 +134,24 @@ def gaps(study: Study) -> str:
     lines = [f"**{run.name} failed**: {run.reason}" for run in study.runs if run.status == "failed"]
     unfinished = [run.name for run in study.runs if run.status == "unfinished"]
     lines += [f"**{name} is not finished**; its curve is shown as far as it goes." for name in unfinished]
-    if missing := numbers.missing_sizes(study):
-        lines.append(f"**Missing**: no run for {listed(map(named, missing))}.")
+    if missing := [named(size) for size in SIZES if size not in {run.size for run in study.runs}]:
+        lines.append(f"**Missing**: no run for {listed(missing)}.")
     lines += [
         f"**{name}** has the size and the seed of **{twin}** and is left out everywhere; keep it in another folder."
         for name, twin in study.doubles
     ]
-    lines += uneven_seeds(study) + differing_settings(study) + interrupted(study)
+    if len({tuple(run.seed for run in study.of_size(size)) for size in study.sizes}) > 1:
+        lines.append("**Seeds differ between sizes**, as the table of runs shows.")
+    lines += differing_settings(study)
+    lines += [
+        f"**{run}**: the evaluation at step {step} counts {found} of {n} answers; it is left out everywhere."
+        for run, step, found, n in study.incomplete
+    ]
+    for run in study.finished:
+        if stops := [str(at["train_step"]) for at in run.summary.get("resumed", [])]:
+            lines.append(f"**{run.name}** was stopped, and resumed from its checkpoint after step {listed(stops)}.")
     if lines:
-        return "**Read with care:**\n\n" + bullets(lines)
+        return "\n".join(["**Read with care:**\n", *(f"- {line}" for line in lines)])
     seeds = sorted({run.seed for run in study.runs})
     which = f"seed{'s' * (len(seeds) > 1)} {listed(map(str, seeds))}"
     return (
@@ -171,37 +160,24 @@ def gaps(study: Study) -> str:
     )
 
 
-def uneven_seeds(study: Study) -> list[str]:
-    seeds = {size: listed(str(run.seed) for run in study.of_size(size)) for size in study.sizes}
-    if len(set(seeds.values())) <= 1:
-        return []
-    by_size = "; ".join(f"{named(size)}: {have}" for size, have in seeds.items())
-    return [f"**Seeds differ between sizes**: {by_size}."]
-
-
 def differing_settings(study: Study) -> list[str]:
     """Settings, versions and machines that the finished runs don't share, and uncommitted code."""
-    lines = []
-    for part, words in (("parameters", "Settings"), ("environment", "Versions or machines")):
-        for name, texts in numbers.differing(study, part).iterrows():
-            runs = {value: listed(texts.index[texts == value]) for value in texts.unique()}
-            short = 10 if name == "git_commit" else None
-            values = "; ".join(f"{value[:short]} ({names})" for value, names in runs.items())
-            lines.append(f"**{words} differ** in `{name}`: {values}.")
+    table, lines = numbers.settings_by_run(study), []
+    for name, texts in table[table.nunique(axis=1) > 1].iterrows():
+        runs = {value: listed(texts.index[texts == value]) for value in texts.unique()}
+        values = "; ".join(f"{value[: 10 if name == 'git_commit' else None]} ({runs[value]})" for value in runs)
+        lines.append(f"**Runs differ** in `{name}`: {values}.")
     dirty = [run.name for run in study.finished if run.environment.get("git_dirty")]
     return lines + ([f"Made from a working tree with uncommitted changes: {listed(dirty)}."] if dirty else [])
 
 
-def interrupted(study: Study) -> list[str]:
-    """Evaluations with failed parts, and runs that were stopped and resumed."""
-    lines = [
-        f"**{run}**: the evaluation at step {step} counts {found} of {n} answers; it is left out everywhere."
-        for run, step, found, n in study.incomplete
-    ]
-    for run in study.finished:
-        if stops := [str(at["train_step"]) for at in run.summary.get("resumed", [])]:
-            lines.append(f"**{run.name}** was stopped, and resumed from its checkpoint after step {listed(stops)}.")
-    return lines
+def shared_words(study: Study) -> str:
+    """The recipe, the versions and the machine, where all finished runs have the same."""
+    table = numbers.settings_by_run(study)
+    shared = table[table.nunique(axis=1) == 1].iloc[:, 0]
+    names = [*RECIPE, *study.finished[0].environment.get("versions", {}), "train_device_name", "eval_device_name"]
+    found = ", ".join(f"`{name}` {shared[name]}" for name in names if name in shared)
+    return f"All finished runs have {found}. The file `config.json` of each run has every setting."
 
 
 # --- Under tables and figures --------------------------------------------------------------------------------------
@@ -209,8 +185,7 @@ def interrupted(study: Study) -> list[str]:
 
 def others_words(study: Study) -> str:
     """Whose results the figure and the table show beside these runs; nothing where they are for another model."""
-    marks = {"+": "Plus signs", "x": "Crosses"}
-    lines = [f"{marks[each['mark']]}: {each['source']}, {each['settings']}." for each in published(study)]
+    lines = [f"`{each['mark']}`: {each['source']}, {each['settings']}." for each in published(study)]
     start = "Published by others, one seed each, no intervals, not measured here."
     return f"*{' '.join([start, *lines])}*" if lines else ""
 
@@ -230,48 +205,33 @@ def power_words(changes: dict[tuple[str, str], Comparison]) -> str:
 
 
 def trend_words(study: Study) -> str:
-    """The number of traces in one model over all sizes, and what is confounded with it."""
+    """The number of traces in one model over all sizes; nothing where no model fits."""
     found = numbers.trend_over_n(study)
-    steps = numbers.examples(study).loc[study.unfiltered, "train_steps"].dropna()
-    lines = []
-    if found:
-        factor, low, high = (f"{np.exp(value):.2f}" for value in (found.value, found.low, found.high))
-        lines.append(
-            f"Over all sizes together, each doubling of n multiplies the odds of a right answer by **{factor}** (95 % "
-            f"interval {low} to {high}, {p_text(found.p)}; logistic regression on log2 n, errors clustered by run and "
-            "by problem)."
-        )
-    if len(steps) > 1 and numbers.steps_matched(study):
-        lines.append(f"All sizes took about {steps.max():.0f} optimizer steps, so a smaller set was seen more often.")
-    elif len(steps) > 1:
-        between = f"{steps.min():.0f} to {steps.max():.0f}"
-        lines.append(f"A larger set also means more optimizer steps ({between}): the two are not told apart here.")
-    return " ".join(lines)
+    if not found:
+        return ""
+    factor, low, high = (f"{np.exp(value):.2f}" for value in (found.value, found.low, found.high))
+    return (
+        f"Over all sizes together, each doubling of n multiplies the odds of a right answer by **{factor}** (95 % "
+        f"interval {low} to {high}, {p_text(found.p)}; logistic regression on log2 n, errors clustered by run and "
+        "by problem)."
+    )
 
 
 def grading_words(study: Study) -> str:
-    """Answers that grading left undecided, the lenient reading, and validation problems near the training data."""
-    table = numbers.final(study)
-    undecided, lenient = table["undecided"].sum(min_count=1), table["lenient_accuracy"].notna().any()
+    undecided = numbers.final(study)["undecided"].sum(min_count=1)
+    counted = f"The grader could not decide {undecided:.0f} answers within its limits; they count as wrong."
+    if np.isnan(undecided):
+        counted = "These runs did not count answers that the grader could not decide."
     found = [run.data["contamination"] for run in study.finished if run.data.get("contamination")]
     duplicates = "Duplicates between traces and validation problems were not looked for."
     if found:
         exact, near = (max(one[kind] for one in found) for kind in ("exact", "near"))
         fate = "left out of the evaluation" if all(one.get("excluded") for one in found) else "kept in the evaluation"
         duplicates = f"{exact} validation problems stand among the traces word for word and {near} nearly so ({fate})."
-    return " ".join(
-        [
-            "These runs did not count answers that the grader could not decide."
-            if np.isnan(undecided)
-            else f"The grader could not decide {undecided:.0f} answers within its limits; they count as wrong.",
-            "" if lenient else "They did not record the lenient reading.",
-            duplicates,
-        ]
-    )
+    return f"{counted} {duplicates}"
 
 
 def filter_words(study: Study) -> str:
-    """What the filter removes, and whether a control tells fewer traces from better ones."""
     data = next((run.data for run in study.of_size("filtered") + study.of_size("full")), {})
     if data.get("correct") is None:
         return "The traces have no gold answers, or no full and no filtered run is finished."
@@ -288,28 +248,11 @@ def filter_words(study: Study) -> str:
 def tuning_words(study: Study) -> str:
     grid, choice = numbers.tuning(study)
     if grid.empty or not choice:
-        return "No choice was made in this folder of runs (in `tuning/`); the settings used are listed below."
+        return "No choice was made in this folder of runs (in `tuning/`); section 8 has the settings used."
     chosen = (choice["learning_rate"], choice["batch_size"])
     used = {(run.parameters.get("learning_rate"), run.parameters.get("batch_size")) for run in study.finished}
     kept = "Every run uses it, whatever its n." if used == {chosen} else "**Not every finished run uses this choice.**"
-    why = choice.get("why", "no reason recorded")
     return (
         f"{len(grid)} short runs on the full set, judged on {grid['n'].iloc[0]} problems that the final numbers don't "
-        f"use. Chosen: learning rate {chosen[0]:g}, batch size {chosen[1]} ({why}). {kept}"
-    )
-
-
-def sync_words(study: Study) -> str:
-    """Whether the engine was shown to answer with the weights it was sent."""
-    after = study.evaluations[study.evaluations["train_step"] > 0].drop_duplicates(["run", "train_step"])
-    proofs = [proof for proof in after.get("sync_proof", []) if isinstance(proof, dict)]
-    if not proofs:
-        return "No evaluation carries a proof that the engine had the policy's weights."
-    mean, single = (max(proof[f"{kind}_abs_difference"] for proof in proofs) for kind in ("mean", "max"))
-    bad = sum(proof["mean_abs_difference"] > proof["tolerance"] for proof in proofs)
-    outcome = f"**{bad} beyond their tolerance**" if bad else "all within their tolerance"
-    return (
-        f"Before {len(proofs)} of {len(after)} evaluations of trained weights, policy and engine were compared on "
-        f"tokens just sampled: their log-probabilities differ by at most {mean:.2g} nats in the mean ({outcome} of at "
-        f"most {max(proof['tolerance'] for proof in proofs):.2g}) and by {single:.2g} for a single token."
+        f"use. Chosen: learning rate {chosen[0]:g}, batch size {chosen[1]} ({choice.get('why', 'no reason')}). {kept}"
     )

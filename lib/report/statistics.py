@@ -8,8 +8,7 @@ kind, and the interval of a value covers both (Searle, Casella and McCulloch, Va
 
 var_p: variance over the P problems of the value's means over seeds, sampling of answers included; s^2: variance of
 the accuracy between R seeds; w: what s^2 would be from problems and sampling alone (the interaction's mean square over
-P); v: degrees of freedom by Satterthwaite, the seeds of both sizes pooled. `test_statistics.py` measures the coverage
-and how wide other methods would be.
+P); v: degrees of freedom by Satterthwaite, the seeds of both sizes pooled. `test_statistics.py` measures the coverage.
 """
 
 from dataclasses import dataclass, replace

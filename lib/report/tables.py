@@ -2,13 +2,14 @@
 
 import html
 import re
+from datetime import timedelta
 
 import pandas as pd
 
 from lib.evaluation.verdicts import VERDICT_WORDS
 from lib.files import read_lines
 from lib.report import numbers
-from lib.report.load import Study, final_lines, shown_path
+from lib.report.load import Study, final_lines
 from lib.report.numbers import Comparison
 from lib.report.statistics import Estimate
 
@@ -44,12 +45,6 @@ NAMES = {
     "control": "the control",
     "filtered": "the filtered set",
 }
-OUTCOMES = {
-    "gain": "a clear gain",
-    "loss": "a clear loss",
-    "alike": "alike within 2 points",
-    "undecided": "undecided",
-}
 
 
 # --- Numbers and names as text -------------------------------------------------------------------------------------
@@ -83,14 +78,10 @@ def p_text(p: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    text = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return text.replace(" ", "\u00a0")  # never broken across lines
+    return str(timedelta(seconds=round(seconds)))  # 0:04:34
 
 
 def named(size: str) -> str:
-    """A size inside a sentence."""
     return NAMES.get(size, size.replace("n", "n\u00a0=\u00a0", 1))
 
 
@@ -99,12 +90,7 @@ def listed(words) -> str:
     return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + words[-1] if words else ""
 
 
-def bullets(lines) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
 def table(rows: pd.DataFrame) -> str:
-    """A Markdown table of the cells as they are."""
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows.to_numpy(dtype=object)]
     lines = [list(map(str, rows.columns)), ["---"] * len(rows.columns), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -146,14 +132,13 @@ def final_table(study: Study) -> str:
 
 
 def comparison_table(comparisons: dict[tuple[str, str], Comparison]) -> str:
-    """Differences in percentage points on the same problems, second minus first."""
     rows = [
         {
             "from → to": f"{named(first)} → {named(second)}".replace("the ", "").replace(" set", ""),
             "accuracy (95 %)": points(change.accuracy),
             "p": p_text(change.accuracy.p).removeprefix("p = ").removeprefix("p "),
             "p, Holm": p_text(change.adjusted).removeprefix("p = ").removeprefix("p "),
-            "reading": OUTCOMES[change.outcome],
+            "reading": change.outcome,
             "lenient reading": points(change.lenient),
             "greedy": points(change.greedy),
         }
@@ -163,39 +148,11 @@ def comparison_table(comparisons: dict[tuple[str, str], Comparison]) -> str:
     return table(shown.loc[:, (shown != "–").any()])
 
 
-def examples_table(study: Study) -> str:
-    rows = numbers.examples(study).reset_index()
-    rows["size"] = rows["size"].map(named)
-    rows["epochs"] = rows["epochs"].map("{:g}".format)
-    names = ["trained on", "traces", "distinct training problems", "in the right form", "with a right answer"]
-    rows.columns = [*names, "optimizer steps", "epochs"]
-    return table(rows.astype(object).where(rows.notna(), "–"))
-
-
-def level_table(study: Study) -> str:
-    levels = numbers.by_level(study)
-    if levels.empty:
-        return "These data have no levels."
-    shown = levels.map(percent).reset_index()
-    shown["index"] = shown["index"].map(named)
-    return table(shown.rename(columns={"index": "accuracy by level"}))
-
-
-def transition_table(study: Study, first: str, second: str) -> str:
-    shown = numbers.transitions(study, first, second).rename(index=VERDICT_WORDS, columns=VERDICT_WORDS)
-    shown.index = [f"{first}: {name}" for name in shown.index]
-    shown.columns = [f"{second}: {name}" for name in shown.columns]
-    return table(shown.reset_index(names="answers"))
-
-
 # --- Answers side by side ------------------------------------------------------------------------------------------
 
 
 def side_by_side(study: Study, number: int, length: int = 700) -> str:
-    """HTML: the answers of base, n128, full and filtered to the same problems, chosen to differ as much as can be had.
-
-    Only what the models wrote and the problems' ids are shown, never a problem's text: runs on MATH are committed.
-    """
+    """HTML: answers to the same problems, chosen to differ; no text of a problem, since runs on MATH are committed."""
     sizes = [size for size in ("n128", "full", "filtered") if study.of_size(size)] or study.sizes[-1:]
     lines = final_lines(study).drop_duplicates("size").set_index("size")
     paths = {size: lines.loc[size, "path"] for size in ["base", *sizes] if size in lines.index}
@@ -221,7 +178,6 @@ def chosen(verdicts: pd.DataFrame, number: int) -> list[str]:
 
 
 def answer_rows(name: str, answers: dict[str, pd.DataFrame], length: int) -> str:
-    """Two rows of HTML: which problem, and each model's answer to it."""
     problem = next(iter(answers.values())).loc[name]
     place = html.escape("".join(f" · {value}" for value in problem[["subject", "level"]].dropna()))
     cells = "".join(answer_cell(rows.loc[name], length) for rows in answers.values())
@@ -236,10 +192,8 @@ def answer_cell(row: pd.Series, length: int) -> str:
         text = f"{start}\n[… {len(text) - len(start) - len(end)} characters left out …]\n{end}"
     mark = "✓" if row["verdict"] == "correct" else "✗"
     style = "white-space:pre-wrap;word-break:break-word;font-size:11px;text-align:left"
-    return (
-        f"<td style='text-align:left;vertical-align:top'><b>{mark} {VERDICT_WORDS[row['verdict']]}</b> · "
-        f"{row['tokens']} tokens<pre style='{style}'>{html.escape(text)}</pre></td>"
-    )
+    head = f"<b>{mark} {VERDICT_WORDS[row['verdict']]}</b> · {row['tokens']} tokens"
+    return f"<td style='text-align:left;vertical-align:top'>{head}<pre style='{style}'>{html.escape(text)}</pre></td>"
 
 
 # --- Cost and settings ---------------------------------------------------------------------------------------------
@@ -248,45 +202,30 @@ def answer_cell(row: pd.Series, length: int) -> str:
 def cost_table(study: Study) -> str:
     """A size a row: means over its runs, device-hours of all of them together."""
     runs = numbers.costs(study).drop(columns="run").groupby("size", sort=False)
-    rows, count, hours = runs.mean(), runs.size(), runs["device_hours"].sum()
+    rows, hours = runs.mean(), runs["device_hours"].sum()
     shown = {
         "trained on": rows.index.map(named),
-        "runs": count,
-        "a run": rows["total"].map(duration),
-        "engine start": rows["engine_start"].map(duration),
+        "a run (h:min:s)": rows["total"].map(duration),
         "training": rows["train"].map(duration),
         "evaluation": rows["evaluation"].map(duration),
         "device-hours, all": hours.map("{:.3f}".format),
         "tokens/s, first step included": rows["tokens_per_second"].map("{:.0f}".format),
-        "training waits (share of its time)": rows["wait_share"].map(percent),
         "peak training memory": rows["peak_memory_gib"].map(lambda gib: "–" if pd.isna(gib) else f"{gib:.1f} GiB"),
     }
     return table(pd.DataFrame(shown))
 
 
 def runs_table(study: Study) -> str:
-    """A size a row: what became of its runs, and what they were made from."""
+    """A size a row: what its runs were trained on, what became of them, and the code that made them."""
+    counts = {"traces": "selected", "training problems": "selected_problems", "optimizer steps": "train_steps"}
+    counts["validation problems"] = "validation"
     rows = []
     for size in dict.fromkeys(run.size for run in study.runs):
         runs = [run for run in study.runs if run.size == size]
-        commits = {str(run.environment.get("git_commit") or "–")[:10] for run in runs}
-        rows.append(
-            {
-                "trained on": named(size),
-                "seeds": ", ".join(f"{run.seed}" + f" ({run.status})" * (run.status != "finished") for run in runs),
-                "commit": listed(sorted(commits)),
-                "template": listed(sorted({shown_path(run.data.get("template", "–")) for run in runs})),
-                "validation problems": listed(sorted({str(run.data.get("validation", "–")) for run in runs})),
-            }
-        )
-    return table(pd.DataFrame(rows))
-
-
-def settings_table(study: Study) -> str:
-    """What every finished run shares: settings beside versions and machine."""
-    columns = [list(numbers.shared(study, part).items()) for part in ("parameters", "environment")]
-    rows = []
-    for place in range(max(map(len, columns))):
-        cells = [f"`{part[place][0]}` {part[place][1]}" if place < len(part) else "" for part in columns]
-        rows.append(dict(zip(("settings of all finished runs", "their versions and machine"), cells, strict=True)))
+        row = {"trained on": named(size)}
+        row["seeds"] = listed(f"{run.seed}" + f" ({run.status})" * (run.status != "finished") for run in runs)
+        row |= {head: listed({str(run.data.get(name, "–")): 0 for run in runs}) for head, name in counts.items()}
+        row["epochs"] = listed({f"{run.parameters.get('epochs', '–')}": 0 for run in runs})
+        row["commit"] = listed({str(run.environment.get("git_commit") or "–")[:10]: 0 for run in runs})
+        rows.append(row)
     return table(pd.DataFrame(rows))

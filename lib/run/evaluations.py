@@ -1,11 +1,12 @@
 """The evaluations of a run: weights to the engine, proof, answers, records; beside training or while it waits."""
 
+from dataclasses import asdict
 from functools import partial
 
 from lib.evaluation import evaluate as evaluation
 from lib.evaluation.engine import in_background
 from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
-from lib.run.run import Pending, Run, RunError, samplings_of
+from lib.run.run import Run, RunError, samplings_of
 
 PROOF_PROMPTS = 8
 
@@ -18,17 +19,15 @@ def evaluation_due(run: Run, step: int) -> bool:
 def evaluate_policy(run: Run, position: dict) -> list[dict]:
     """Send the policy's weights to the engine, prove that they arrived, evaluate, and log.
 
-    `position` holds `train_step`, `epoch` and `examples_seen`. Before training and at its end all problems are
-    evaluated, and the lines of the subset are taken from these records.
     Returns the lines written to `evaluations.jsonl`; none yet with `eval_beside_training`, where training goes on and
-    the lines are written once the engine has answered, before it gets other weights.
+    `finish_evaluation` writes them. `position` holds `train_step`, `epoch` and `examples_seen`.
     """
     finish_evaluation(run)
     config, step = run.config, position["train_step"]
     sync = send_weights(run, prove=config.verify_sync == "always" or not run.proven)
     run.proven = True
     answers = in_background(partial(answer, run, run.is_final(step), config.seed + step))
-    run.pending = Pending(position, sync, answers)
+    run.pending = position, sync, answers
     return [] if config.eval_beside_training and not run.is_final(step) else finish_evaluation(run)
 
 
@@ -52,49 +51,30 @@ def finish_evaluation(run: Run) -> list[dict]:
     """Wait for the evaluation that is under way, if there is one, and log it: the lines written."""
     if run.pending is None:
         return []
-    pending, run.pending = run.pending, None
-    step = pending.position["train_step"]
+    position, sync, answers = run.pending
+    run.pending, step = None, position["train_step"]
+    final = run.is_final(step)
     with run.recorded("evaluate"):
-        results = pending.results.result()
         parts = []
-        for decoding, result in results.items():
-            _note_entropies(run, result, step)
-            line = _describe(run, pending, decoding, result)
-            if run.is_final(step):
-                parts.append((line | {"split": "full"}, result.records))
-            subset = [record for record in result.records if record["id"] in run.subset_ids]
-            parts.append((line | {"split": "subset"}, subset))
-        lines = run.tracker.log_evaluation([(s | evaluation.summarize(records), records) for s, records in parts])
+        for decoding, result in answers.result().items():
+            if final or not run.config.eval_beside_training:  # otherwise the policy has other weights by now
+                shown = [i for i, r in enumerate(result.records) if r["id"] in run.shown_ids and r["sample"] == 0]
+                evaluation.log_generations(run.policy, result, shown, run.config.train_device, run.config.precision)
+            line = {key: position[key] for key in ("train_step", "epoch", "examples_seen")} | {"decoding": decoding}
+            line |= asdict(samplings_of(run.config, final)[decoding])
+            line |= {"seconds": {"sync": sync["sync"], **result.seconds}, "sync_proof": sync["proof"]}
+            splits = {"full": result.records} if final else {}
+            splits["subset"] = [record for record in result.records if record["id"] in run.subset_ids]
+            for split, records in splits.items():
+                parts.append((line | {"split": split} | evaluation.summarize(records), records))
+        lines = run.tracker.log_evaluation(parts)
         failed = max(line["failed"] for line in lines)
-        if failed and run.is_final(step):
+        if failed and final:
             raise RunError(
                 f"{failed} of {len(parts[0][1])} responses of the evaluation at step {step} failed in the engine; it "
                 "does not count. Run the same again: it is repeated from the last checkpoint"
             )
     return lines
-
-
-def _note_entropies(run: Run, result: evaluation.Evaluation, step: int) -> None:
-    """Token entropy of the responses that are shown, unless training has moved on from the weights that gave them."""
-    config = run.config
-    if config.eval_beside_training and not run.is_final(step):
-        return
-    shown = [i for i, record in enumerate(result.records) if record["id"] in run.shown_ids and record["sample"] == 0]
-    evaluation.log_generations(run.policy, result, shown, config.train_device, config.precision)
-
-
-def _describe(run: Run, pending: Pending, decoding: str, result: evaluation.Evaluation) -> dict:
-    """What a line of `evaluations.jsonl` says beside its counts."""
-    sampling = samplings_of(run.config, run.is_final(pending.position["train_step"]))[decoding]
-    return {
-        **{key: pending.position[key] for key in ("train_step", "epoch", "examples_seen")},
-        "decoding": decoding,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_new_tokens": sampling.max_new_tokens,
-        "seconds": {"sync": pending.sync["sync"], **result.seconds},
-        "sync_proof": pending.sync["proof"],
-    }
 
 
 def final_evaluation(run: Run) -> dict:

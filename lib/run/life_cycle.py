@@ -2,9 +2,9 @@
 
 import math
 import resource
+import shutil
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 
@@ -19,11 +19,8 @@ from lib.run.run import DISK_FULL, Run
 from lib.run.tracker import Tracker
 from lib.settings import check_run_dir
 from lib.training import checkpoint
-from lib.training.batching import make_microbatches
 from lib.training.policy import load_policy
-from lib.training.steps import Step, learning_rates, make_optimizer, steps
-
-# --- Before training -------------------------------------------------------------------------------------------------
+from lib.training.steps import Step, make_optimizer, steps
 
 
 def start(run: Run) -> str:
@@ -31,21 +28,17 @@ def start(run: Run) -> str:
 
     A stopped run of the same name and settings is taken up where its last checkpoint left it (`resume`).
     """
-    config = run.config
+    config, past = run.config, None
     locks.hold(config.run_dir, f"run_name={config.run_name!r}:")
-    try:
+    with run.recorded("setup"):
         check_run_dir(config)  # again: another process may have finished the run meanwhile
         finished = (config.run_dir / "summary.json").exists()  # and to be replaced, whatever checkpoint it kept
         found = checkpoint.latest(config.run_dir) if config.resume and not finished else None
-        past = None if found is None else read_past(config, run.batches, found)
+        if found is not None:
+            past = read_past(config, run.batches, found)
+            run.seconds.update(past["seconds"])
         quiet_libraries(run.log_file)
         run.tracker = Tracker(config, run.environment, run.sizes, past)
-        run.seconds.update(past.seconds if past else {})
-    except BaseException:
-        run.close_replicas()
-        locks.release(config.run_dir)
-        raise
-    with run.recorded("setup"):
         if config.eval_device != config.train_device:
             run.engine = start_engine(run, run.log_file)  # goes on while the policy is loaded
         with captured(run.log_file):
@@ -61,10 +54,8 @@ def start(run: Run) -> str:
         wait_until_ready(run.engine)
     if found is None:
         return "A new run."
-    return f"Resumed after step {len(past.metrics)} of {len(run.batches)}, where a stopped run had its last checkpoint."
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
+    done = len(run.tracker.metrics)
+    return f"Resumed after step {done} of {len(run.batches)}, where a stopped run had its last checkpoint."
 
 
 def training_steps(run: Run) -> Iterator[Step]:
@@ -76,9 +67,7 @@ def training_steps(run: Run) -> Iterator[Step]:
     run.checkpoints = checkpoint.Schedule(config.checkpoint_interval, run.evaluation_steps, checkpoint.size(run.policy))
     if done and evaluation_due(run, done):
         evaluate_policy(run, run.tracker.metrics[-1])
-    rates = learning_rates(len(run.batches), config.learning_rate, config.warmup_ratio)
-    cut = partial(make_microbatches, microbatch_tokens=config.microbatch_tokens)
-    yield from steps(run.batches, rates, run.sizes["selected"], config.train_device, cut, done)
+    yield from steps(run.batches, config.optimization, run.sizes["selected"], done)
 
 
 def record(run: Run, step: Step) -> dict:
@@ -86,7 +75,7 @@ def record(run: Run, step: Step) -> dict:
     metrics = step.metrics()
     run.tracker.log_train(metrics)
     due = run.checkpoints.due(step.number)
-    if run.pending is not None and (due or run.pending.results.done()):
+    if run.pending is not None and (due or run.pending[-1].done()):
         finish_evaluation(run)  # a checkpoint has all evaluations of the weights before it
     if due:
         _save_checkpoint(run, step.number)
@@ -106,21 +95,15 @@ def _save_checkpoint(run: Run, step: int) -> None:
     run.checkpoints.written(seconds)
 
 
-# --- The end ---------------------------------------------------------------------------------------------------------
-
-
 def finish(run: Run) -> dict:
-    """Shut the engine down, keep the model if asked, and write `summary.json`, which marks the run as finished.
-
-    Its checkpoints are deleted then, unless `keep_checkpoint`.
-    """
-    metrics, final = run.tracker.metrics, final_evaluation(run)
+    """Shut the engine down, keep the model if asked, and write `summary.json`, which marks the run as finished."""
+    config, metrics, final = run.config, run.tracker.metrics, final_evaluation(run)
     with run.recorded("shutdown"):
         shutdown(run.engine)
         stop_workers()
-        if run.config.keep_model:
-            run.policy.save_pretrained(run.config.run_dir / "model")
-            run.tokenizer.save_pretrained(run.config.run_dir / "model")
+        if config.keep_model:
+            run.policy.save_pretrained(config.run_dir / "model")
+            run.tokenizer.save_pretrained(config.run_dir / "model")
     tokens, train_seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)
     with run.recorded("finish"):
         summary = run.tracker.finish(
@@ -129,15 +112,13 @@ def finish(run: Run) -> dict:
                 "train_tokens": tokens,
                 "train_tokens_per_second": tokens / train_seconds,
                 "train_wait_share": _wait_share(metrics),
-                "peak_train_memory_bytes": _peak_memory(run.config.train_device),
-                "final_accuracy": final["accuracy"],
-                "final_accuracy_low": final["accuracy_low"],
-                "final_accuracy_high": final["accuracy_high"],
+                "peak_train_memory_bytes": _peak_memory(config.train_device),
+                **{f"final_{key}": final[key] for key in ("accuracy", "accuracy_low", "accuracy_high")},
             }
         )
-    if not run.config.keep_checkpoint:
-        checkpoint.delete_all(run.config.run_dir)
-    locks.release(run.config.run_dir)
+    if not config.keep_checkpoint:
+        shutil.rmtree(config.run_dir / checkpoint.FOLDER, ignore_errors=True)
+    locks.release(config.run_dir)
     return summary
 
 

@@ -9,18 +9,13 @@ from filelock import FileLock, Timeout
 from lib.files import UserError, first_line, shorten_path
 
 NAME = ".lock"
-HINTS = dict.fromkeys(
-    (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), "; its file system knows no locks: choose a folder on another one"
-)
 _held: dict[Path, FileLock] = {}
 
 
 def hold(folder: Path, what: str) -> None:
-    """Hold `folder` for this process until `release` or its end; holding it twice is once.
+    """Hold `folder` for this process until `release` or its end; holding it twice is once. Children don't inherit it.
 
-    Raises UserError naming the owner's process where another one holds it, and the cause where it can't be locked;
-    `what` says what the folder is. Processes that a run starts don't inherit the lock, so an orphan of them keeps
-    nothing.
+    UserError, which begins with `what`, names the process that holds it, or why it can't be locked.
     """
     folder = folder.resolve()
     if folder in _held and _held[folder].is_locked:
@@ -36,8 +31,9 @@ def hold(folder: Path, what: str) -> None:
         raise UserError(f"{where}: process {owner or 'unknown'} is at work in this folder") from None
     except OSError as error:
         lock.release()
-        reason = error.strerror or first_line(error)
-        raise UserError(f"{where}: can't be locked: {reason}{HINTS.get(error.errno, '')}") from error
+        no_locks = error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+        hint = "; its file system knows no locks: choose a folder on another one" if no_locks else ""
+        raise UserError(f"{where}: can't be locked: {error.strerror or first_line(error)}{hint}") from error
     _held[folder] = lock
 
 

@@ -4,13 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from lib.data import (
-    find_contamination,
-    load_evaluation_problems,
-    load_examples,
-    select_examples,
-    stratified_subset,
-)
+from lib.data import find_contamination, load_evaluation_problems, load_examples, select_examples, stratified_subset
 from lib.environment import describe_environment
 from lib.evaluation.engine import Engine, begin_vllm
 from lib.evaluation.evaluate import encode_prompts
@@ -53,18 +47,19 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
         raise UserError(f"n_val={config.n_val}: there are only {len(problems)} problems in this split")
     problems = stratified_subset(problems, config.n_val_final, SUBSET_SEED)
     subset = stratified_subset(problems, config.n_val, SUBSET_SEED)
+    shown = stratified_subset(subset, config.log_generations, SUBSET_SEED) if config.log_generations else []
     training = select_examples(examples, config.n, config.filtered, config.seed)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code, config.revision)
     check_form(tokenizer, config.model)
     sequences = encode(training.examples, tokenizer, config.max_length)
     batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
+    environment = describe_environment(config.train_device, config.eval_device)
     run = Run(
         config=config,
         replicas=replicas,
         tokenizer=tokenizer,
         template=template,
-        environment=describe_environment(config.train_device, config.eval_device)
-        | {"model_commit": hub_commit(config.model, config.revision)},
+        environment=environment | {"model_commit": hub_commit(config.model, config.revision)},
         sizes={
             **training.sizes,
             "template": template.name,
@@ -72,40 +67,25 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
             "validation": len(problems),
             "validation_subset": len(subset),
             "train_steps": len(batches),
-            "train_tokens_per_epoch": sum(len(s.token_ids) for s in sequences),
-            "longest_example": max(len(s.token_ids) for s in sequences),
         },
         batches=batches,
         problems=problems,
         prompts=encode_prompts(problems, template, tokenizer),
         subset_ids={p.id for p in subset},
-        shown_ids={p.id for p in stratified_subset(subset, config.log_generations, SUBSET_SEED)}
-        if config.log_generations
-        else set(),
+        shown_ids={p.id for p in shown},
     )
-    _check_context_length(run)
-    return run
-
-
-def _check_context_length(run: Run) -> None:
-    config = run.config
     model = AutoConfig.from_pretrained(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
-    limit = getattr(model, "max_position_embeddings", None)
-    if limit is None:
-        return
-    if longest_evaluation(run) > limit:
-        longest_prompt = max(map(len, run.prompts))
-        raise UserError(
-            f"max_new_tokens={run.config.max_new_tokens}: with the longest prompt ({longest_prompt} tokens) "
-            f"more than the model's {limit} positions"
-        )
-    if run.sizes["longest_example"] > limit:
-        raise UserError(
-            f"max_length={run.config.max_length}: the longest example has {run.sizes['longest_example']} tokens, "
-            f"more than the model's {limit} positions"
-        )
+    limit = getattr(model, "max_position_embeddings", None) or float("inf")
+    needed = {"max_new_tokens": longest_evaluation(run), "max_length": max(len(s.token_ids) for s in sequences)}
+    for name, tokens in needed.items():
+        if tokens > limit:
+            raise UserError(
+                f"{name}={getattr(config, name)}: the longest text has {tokens} tokens, more than the model's {limit} "
+                "positions"
+            )
+    return run
 
 
 def longest_evaluation(run: Run) -> int:
@@ -120,19 +100,15 @@ def start_engine(run: Run, log_file: Path) -> Engine:
     if config.eval_device == config.train_device != "cpu":
         shape = model_shape(config.model, config.trust_remote_code, config.revision)
         reserved = policy_bytes(shape, config.microbatch_tokens)
+    same = {"precision", "seed", "gpu_memory_utilization", "engines", "trust_remote_code", "revision"}
     return begin_vllm(
         config.model,
         config.eval_device,
         config.train_device,
         log_file=log_file,
-        precision=config.precision,
-        seed=config.seed,
         max_model_len=longest_evaluation(run),
-        gpu_memory_utilization=config.gpu_memory_utilization,
         reserved_bytes=reserved,
-        engines=config.engines,
         replicas=replicas,
         timeout=config.engine_timeout,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
+        **config.model_dump(include=same),
     )

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import time
 from concurrent.futures import Future
@@ -29,15 +31,6 @@ class RunError(RuntimeError):
     """The run can't go on; the message says why and what to do. What it measured is in its folder."""
 
 
-@dataclass(frozen=True)
-class Pending:
-    """An evaluation under way: which weights were sent, how, and what will come of it."""
-
-    position: dict
-    sync: dict
-    results: Future  # of a dict: decoding -> Evaluation
-
-
 @dataclass
 class Run:
     """Everything that a run works with. `prepare` sets what has no default; `start` and training add the rest."""
@@ -60,7 +53,7 @@ class Run:
     seconds: dict = field(default_factory=dict)
     proven: bool = False  # whether an evaluation has recorded its proof of sync
     checkpoints: Schedule | None = None
-    pending: Pending | None = None  # the evaluation that goes on beside training
+    pending: tuple[dict, dict, Future] | None = None  # an evaluation under way: its position, its sync, what will come
     note: str = ""  # what the reader should know beside the numbers
 
     @property
@@ -75,11 +68,6 @@ class Run:
         """Whether all problems are evaluated after this step: before training and at its end."""
         return step in (0, len(self.batches))
 
-    def close_replicas(self) -> None:
-        """End the processes that were started for an engine, if it was not."""
-        while self.replicas:
-            self.replicas.pop().close()
-
     @contextlib.contextmanager
     def recorded(self, part: str):
         """Count the seconds of a part of the run; an error in it ends what the run started and leaves `failed.json`."""
@@ -87,11 +75,11 @@ class Run:
         try:
             yield
         except BaseException as error:
-            explained = explain(error, self.config)
-            end(self, explained or error)
-            if explained is not None:
-                raise explained from error
-            raise
+            explained = _explain(error, self.config)
+            end(self, explained)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
@@ -105,24 +93,26 @@ def samplings_of(config: RunConfig, final: bool) -> dict[str, Sampling]:
     return samplings
 
 
-def explain(error: BaseException, config: RunConfig) -> RunError | None:
+def hash_of(value: object) -> str:
+    """SHA-256 of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _explain(error: BaseException, config: RunConfig) -> BaseException:
     """A sentence for the errors of a machine at its limits, which say nothing about this run by themselves."""
-    folder = shorten_path(config.run_dir)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = shorten_path(error.filename or config.run_dir)
         return RunError(
-            f"the disk is full ({error.strerror}: {shorten_path(error.filename or folder)}). What was measured is "
-            f"in {folder}; free some space and run the same again: it goes on from its last checkpoint."
+            f"the disk is full ({error.strerror}: {where}). Free some space and run the same again: it goes on from "
+            "its last checkpoint."
         )
-    if isinstance(error, torch.OutOfMemoryError):
-        return RunError(out_of_memory(config.optimization))
-    return None
+    return RunError(out_of_memory(config.optimization)) if isinstance(error, torch.OutOfMemoryError) else error
 
 
 def end(run: Run, error: BaseException) -> None:
-    """Shut down what the run started, note the error in its folder, and give the folder back, each whatever the others
-    do: what goes wrong here is logged, because the user needs the error that came before."""
+    """Shut down what the run started, note the error, and give the folder back; errors of this are only logged."""
     steps = [
-        run.close_replicas,
+        *(replica.close for replica in run.replicas),
         lambda: run.engine and shutdown(run.engine),
         stop_workers,
         lambda: run.tracker and run.tracker.fail(error),

@@ -3,7 +3,6 @@
 import secrets
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from lib.files import UserError, append_lines, shorten_path, write_json, write_lines
@@ -11,56 +10,44 @@ from lib.run import lock as locks
 from lib.run.wandb_copy import WandbCopy
 from lib.settings import RunConfig
 
-
-@dataclass(frozen=True)
-class Past:
-    """What a stopped run had measured up to the checkpoint from which it goes on."""
-
-    metrics: list[dict]
-    evaluations: list[dict]
-    elapsed: float  # seconds from its start to the checkpoint
-    seconds: dict  # of its parts
-    wandb_id: str
-    resumed: list[dict]
+FILES = {"config.json", "metrics.jsonl", "evaluations.jsonl", "evaluations", "summary.json", "failed.json", "wandb"}
+FILES |= {"model", "checkpoints"}
+OPEN = ("run.log", locks.NAME)  # by this process
 
 
 class Tracker:
     """Writes a run's folder, and wandb's copy of it.
 
     The files are the truth: `config.json` first, `metrics.jsonl` and `evaluations.jsonl` line by line, `summary.json`
-    last, so that its presence means a finished run.
+    last, so that its presence means a finished run. `past`: what a stopped run had measured (`resume.read_past`).
     """
 
-    def __init__(self, config: RunConfig, environment: dict, data_sizes: dict, past: Past | None = None):
-        self.config = config
+    def __init__(self, config: RunConfig, environment: dict, data_sizes: dict, past: dict | None = None):
         self.run_dir = config.run_dir
-        self.metrics = list(past.metrics) if past else []
-        self.evaluations = list(past.evaluations) if past else []
-        self.resumed = list(past.resumed) if past else []
-        self.started = time.time() - (past.elapsed if past else 0.0)
         if past is None:
             _clear(self.run_dir)
+            past = {"metrics": [], "evaluations": [], "resumed": [], "elapsed": 0.0, "wandb_id": secrets.token_hex(4)}
+        self.metrics, self.evaluations, self.resumed = past["metrics"], past["evaluations"], past["resumed"]
+        self.started = time.time() - past["elapsed"]
         (self.run_dir / "evaluations").mkdir(parents=True, exist_ok=True)
-        wandb_id = past.wandb_id if past else secrets.token_hex(4)
-        written = {"parameters": config.to_dict(), "environment": environment, "data": data_sizes}
-        write_json(self.run_dir / "config.json", written | {"wandb_id": wandb_id, "resumed": self.resumed})
-        if past is not None:
+        (self.run_dir / "failed.json").unlink(missing_ok=True)
+        found, wandb_id = {"environment": environment, "data": data_sizes}, past["wandb_id"]
+        written = {"parameters": config.to_dict(), **found, "wandb_id": wandb_id, "resumed": self.resumed}
+        write_json(self.run_dir / "config.json", written)
+        if self.resumed:  # without what came after its checkpoint
             write_lines(self.run_dir / "metrics.jsonl", self.metrics)
             write_lines(self.run_dir / "evaluations.jsonl", self.evaluations)
-            (self.run_dir / "failed.json").unlink(missing_ok=True)
-        shown = {**config.to_dict(), "environment": environment, "data": data_sizes}
+        shown = config.to_dict() | found
         self.wandb = WandbCopy(config.wandb_mode, self.run_dir, wandb_id, config.wandb_project, shown)
 
     def log_train(self, metrics: dict) -> None:
         """Append one optimizer step to `metrics.jsonl` and wandb's train/*."""
         append_lines(self.run_dir / "metrics.jsonl", [metrics])
         self.metrics.append(metrics)
-        step = metrics["train_step"]
-        self.wandb.log({"train_step": step} | {f"train/{k}": v for k, v in metrics.items() if k != "train_step"})
+        self.wandb.log({name if name == "train_step" else f"train/{name}": value for name, value in metrics.items()})
 
     def log_evaluation(self, parts: list[tuple[dict, list[dict] | None]]) -> list[dict]:
-        """Write the (summary, records) of one evaluation: records to files of their own, summaries to
-        `evaluations.jsonl` all at once and to eval/*. Returns the lines written.
+        """Write an evaluation's (summary, records): the lines of `evaluations.jsonl` all at once, which it returns.
 
         Without records a summary comes from another run, and its `records` already names the file there.
         """
@@ -76,18 +63,14 @@ class Tracker:
         for line in lines:
             kind = (line["split"], line["decoding"])
             suffix = "" if kind == ("subset", "sampled") else "_" + "_".join(kind)
-            numbers = {
-                f"eval/{k}{suffix}": v
-                for k, v in line.items()
-                if isinstance(v, int | float) and k not in ("train_step", "eval_step")
-            }
+            numbers = {f"eval/{k}{suffix}": v for k, v in line.items() if isinstance(v, int | float)}
             self.wandb.log({"eval_step": line["eval_step"]} | numbers)
         return lines
 
     def finish(self, summary: dict) -> dict:
         """Write `summary.json`, which marks the run as finished, and close wandb."""
-        seconds = {"total": time.time() - self.started} | summary.pop("seconds", {})
-        result = {"status": "finished", "seconds": seconds, "resumed": self.resumed, **summary}
+        seconds = {"total": time.time() - self.started} | summary["seconds"]
+        result = {"status": "finished", "resumed": self.resumed, **summary, "seconds": seconds}
         write_json(self.run_dir / "summary.json", result)
         self.wandb.finish(0)
         return result
@@ -103,17 +86,11 @@ class Tracker:
 
 def _clear(run_dir: Path) -> None:
     """Remove what an unfinished run, or one to be overwritten, left in its folder; refuse a folder of other things."""
-    if not run_dir.exists():
-        return
-    ours = {"config.json", "metrics.jsonl", "evaluations.jsonl", "evaluations", "summary.json", "failed.json", "wandb"}
-    ours |= {"run.log", "model", "checkpoints", locks.NAME}
-    foreign = sorted(p.name for p in run_dir.iterdir() if p.name.removesuffix(".tmp") not in ours)
-    if foreign:
+    paths = [path for path in run_dir.glob("*") if path.name not in OPEN]
+    if foreign := sorted(path.name for path in paths if path.name.removesuffix(".tmp") not in FILES):
         raise UserError(
             f"run_name={run_dir.name!r}: {shorten_path(run_dir)} holds files that no run wrote "
             f"({', '.join(foreign[:3])}); choose another run_name"
         )
-    for path in run_dir.iterdir():
-        if path.name in ("run.log", locks.NAME):
-            continue  # already open for this run
+    for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,12 +1,9 @@
 """wandb's copy of a run: train/* over train_step, eval/* over eval_step.
 
-Every call is guarded, because a study must not depend on a service: a wandb that is missing or unreachable costs its
-plots only.
+A study must not depend on a service: a wandb that is missing or unreachable costs its plots only.
 """
 
-import http.client
 import os
-import queue
 import ssl
 import threading
 import urllib.error
@@ -18,9 +15,9 @@ from lib.files import first_line
 
 PATIENCE_AT_START = 4  # seconds for the server's first answer
 PATIENCE_AT_END = 60  # seconds for what is still to be sent
-# What WANDB_MODE and wandb's own settings file may say, in our words.
-MODES = {"run": "online", "shared": "online", "dryrun": "offline"}
-MODES |= {mode: mode for mode in ("online", "offline", "disabled")}
+# wandb's words, in ours.
+MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
+MODES |= {"disabled": "disabled"}
 FALSE = ("", "0", "false", "f", "no", "n", "off")
 
 
@@ -32,114 +29,104 @@ class WandbCopy:
         self.run = None
         try:
             mode, why = choose_mode(asked)
+            start = {"project": project, "name": folder.name, "id": run_id, "dir": str(folder), "config": config}
+            if mode == "online":
+                try:
+                    self._init(mode, start)
+                except Exception as error:  # a login that is refused
+                    mode, why = "offline", first_line(error)
+            if mode == "offline":
+                self._init(mode, start)
             self.note = f"wandb: {mode}" + (f" ({why})" if why else "")
-            if mode != "disabled":
-                self._init(mode, folder, run_id, project, config)
         except Exception as error:
             self.run = None
             self.note = f"wandb: not used ({first_line(error)})"
 
-    def _init(self, mode: str, folder: Path, run_id: str, project: str, config: dict) -> None:
+    def _init(self, mode: str, start: dict) -> None:
         import wandb
 
         settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30)
-        common = {"project": project, "name": folder.name, "id": run_id, "resume": "allow", "dir": str(folder)}
-        try:
-            self.run = wandb.init(**common, mode=mode, config=config, settings=settings)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            self.note = f"wandb: offline ({first_line(error)})"
-            self.run = wandb.init(**common, mode="offline", config=config, settings=settings)
+        self.run = wandb.init(**start, mode=mode, resume="allow", settings=settings)
         for axis, metrics in (("train_step", "train/*"), ("eval_step", "eval/*")):
             self.run.define_metric(axis)
             self.run.define_metric(metrics, step_metric=axis)
 
     def log(self, values: dict) -> None:
-        if self.run is None:
-            return
         try:
-            self.run.log(values)
+            if self.run is not None:
+                self.run.log(values)
         except Exception as error:
-            self.run = None
-            self.note = f"wandb: stopped ({first_line(error)})"
+            self.run, self.note = None, f"wandb: stopped ({first_line(error)})"
 
     def finish(self, exit_code: int) -> None:
         """Close the run, but wait only so long: unreachable, wandb would go on trying for days."""
-        if self.run is None:
-            return
-        run, self.run = self.run, None
-
-        def close() -> str:
-            try:
-                run.finish(exit_code=exit_code)
-            except Exception as error:
-                return f"wandb: not finished ({first_line(error)})"
-            return self.note
-
-        late = f"wandb: not finished after {PATIENCE_AT_END} s; `wandb sync` can send the rest"
-        self.note = _within(PATIENCE_AT_END, close, late)
+        if self.run is not None:
+            close, late = self.run.finish, f"no end after {PATIENCE_AT_END} s; `wandb sync` can send the rest"
+            if problem := _problem(PATIENCE_AT_END, lambda: close(exit_code=exit_code), late):
+                self.note = f"wandb: not finished ({problem})"
+        self.run = None
 
 
 def choose_mode(asked: str) -> tuple[str, str]:
-    """Online, offline or disabled, and why, if not by the parameter `asked`; decided before wandb starts anything.
+    """Online, offline or disabled, and why, if not by the parameter `asked`.
 
-    Falling back after a failed start would wait for wandb's time-outs. "auto" obeys WANDB_DISABLED, WANDB_MODE and
-    wandb's settings file, and is online otherwise; a mode given by the parameter wins over them. Online needs
-    credentials and a server that answers: without them the run is kept offline, so that `wandb sync` can send it.
+    "auto" obeys WANDB_DISABLED, WANDB_MODE and wandb's settings file. Without a key or a server a run is kept offline.
     """
-    said, mode, why = os.environ.pop("WANDB_MODE", "").strip(), asked, ""
+    said = os.environ.get("WANDB_MODE", "").strip()
     if said:  # wandb reads it too, and raises on spellings that it does not know
         os.environ["WANDB_MODE"] = MODES.get(said.lower(), "offline")
+    if asked in ("offline", "disabled"):
+        return asked, ""
     if asked == "auto" and os.environ.get("WANDB_DISABLED", "").strip().lower() not in FALSE:
-        mode, why = "disabled", "by WANDB_DISABLED"
-    elif asked == "auto" and said:
-        mode, why = os.environ["WANDB_MODE"], f"by WANDB_MODE={said}"
-    if mode in ("offline", "disabled"):
-        return mode, why
+        return "disabled", "by WANDB_DISABLED"
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 
-    settings = wandb_setup.singleton().settings
-    of_files = MODES.get(settings.mode, "online")
-    if mode == "auto" and of_files != "online":
-        return of_files, "by wandb's settings file"
+    settings, why = wandb_setup.singleton().settings, ""
+    if asked == "auto":
+        mode = os.environ["WANDB_MODE"] if said else MODES[settings.mode]
+        why = f"by WANDB_MODE={said}" if said else "by wandb's settings file" if mode != "online" else ""
+        if mode != "online":
+            return mode, why
     try:
         logged_in = wbauth.authenticate_session(host=settings.base_url, source="", prompt=False, update_session=False)
     except Exception as error:  # a key that can't be one
         return "offline", first_line(error)
     if not logged_in:
         return "offline", "not logged in"
-    if problem := unreachable(settings.base_url):
-        return "offline", f"{settings.base_url}: {problem}"
-    return "online", why
+    problem = unreachable(settings.base_url)
+    return ("offline", f"{settings.base_url}: {problem}") if problem else ("online", why)
 
 
 def unreachable(server: str) -> str:
     """Why a server can't be reached, by the proxy of the environment if there is one; empty where it answers."""
-    # Whether it is the right server is wandb's to check: nothing is sent here.
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
 
-    def ask() -> str:
+    def ask() -> None:
         try:
-            request = urllib.request.Request(server, method="HEAD")
-            urllib.request.urlopen(request, timeout=PATIENCE_AT_START, context=context).close()
+            urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=PATIENCE_AT_START).close()
         except urllib.error.HTTPError as answer:  # of the server, or of a proxy that can't reach it
-            return f"HTTP status {answer.code}" if answer.code >= 500 or answer.code == 407 else ""
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            return first_line(getattr(error, "reason", error))
-        return ""
+            if answer.code >= 500 or answer.code == 407:
+                raise
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ssl.SSLCertVerificationError):  # whom to trust is wandb's to check
+                raise
 
     # Looking up a name has no time limit of its own.
-    return _within(PATIENCE_AT_START, ask, f"no answer within {PATIENCE_AT_START} s")
+    return _problem(PATIENCE_AT_START, ask, f"no answer within {PATIENCE_AT_START} s")
 
 
-def _within(seconds: float, call: Callable[[], str], otherwise: str) -> str:
-    """What `call` returns, or `otherwise` if it takes longer; it then goes on in a thread that holds up no exit."""
-    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=lambda: answers.put(call()), daemon=True).start()
-    try:
-        return answers.get(timeout=seconds)
-    except queue.Empty:
-        return otherwise
+def _problem(seconds: float, call: Callable[[], None], late: str) -> str:
+    """The error of `call`, if any, or `late`: it then goes on in a thread that holds up no exit."""
+    said = [late]
+
+    def work() -> None:
+        try:
+            call()
+            said[0] = ""
+        except Exception as error:
+            said[0] = first_line(getattr(error, "reason", error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return said[0]

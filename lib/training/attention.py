@@ -1,7 +1,7 @@
-"""Attention over packed sequences: no padding, and the prefix that all prompts begin with is computed once.
+"""Attention over packed sequences, registered with transformers as the attention "packed".
 
 A packed microbatch is one row of S tokens, [prefix][rest of sequence 1][rest of sequence 2] ..., in which each
-sequence sees the prefix and its own past. Registered with transformers as the attention "packed".
+sequence sees the prefix, which all prompts begin with, and its own past.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ class Packing(NamedTuple):
     """Where the segments of a packed microbatch lie: the prefix, if there is one, then a sequence each.
 
     `query_starts`, `key_starts`: (segments + 1,) int32, the borders of segments among queries and keys; a sequence's
-    keys are the prefix's and its own. `key_order`: (keys,), where each of them is found among as many copies of the
-    prefix as there are segments, followed by the sequences' own; None without a prefix, where keys are as queries.
+    keys are the prefix's and its own. `key_order`: (keys,), the place of each in the output of `_spread`'s `cat`; None
+    without a prefix.
     """
 
     prefix: int
@@ -55,19 +55,10 @@ def _borders(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    packing: Packing | None = None,
-    **others,
-) -> tuple[Tensor, None]:
+def packed_attention(module, query, key, value, attention_mask, scaling, packing: Packing | None = None, **others):
     """Causal attention inside each sequence of a packed row: query (1, H, S, D), key and value (1, K, S, D).
 
-    Returns (1, S, H, D). Without a `packing` the rows are ordinary ones, each a sequence of its own.
+    Returns (1, S, H, D) and None. Without a `packing` the rows are ordinary ones, each a sequence of its own.
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
@@ -95,26 +86,15 @@ def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, packing: Packing,
 
     if packing.key_order is not None:
         key, value = _spread(key, packing), _spread(value, packing)
-    return varlen_attn(
-        query,
-        key,
-        value,
-        packing.query_starts,
-        packing.key_starts,
-        packing.longest_query,
-        packing.longest_key,
-        scale=scaling,
-        window_size=(-1, 0),  # causal: the last query of a sequence sees its last key
-        enable_gqa=True,
-    )
+    segments = packing.query_starts, packing.key_starts, packing.longest_query, packing.longest_key
+    causal = {"window_size": (-1, 0)}  # the last query of a sequence sees its last key
+    return varlen_attn(query, key, value, *segments, scale=scaling, enable_gqa=True, **causal)
 
 
 def _spread(tensor: Tensor, packing: Packing) -> Tensor:
-    """Keys or values (S, K, D) with the prefix before each sequence's own: (keys, K, D).
-
-    Copies of the prefix by `expand`, whose gradient is one sum: adding up gradients in place would round each time.
-    """
+    """Keys or values (S, K, D) with the prefix before each sequence's own: (keys, K, D)."""
     prefix, own = tensor[: packing.prefix], tensor[packing.prefix :]
+    # The gradient of `expand` is one sum: adding up gradients in place would round each time.
     copies = prefix.expand(packing.key_starts.shape[0] - 1, *prefix.shape).flatten(0, 1)
     return torch.cat([copies, own]).index_select(0, packing.key_order)
 

@@ -36,8 +36,7 @@ class Sequence:
 class Microbatch:
     """The packed tokens of one forward and backward pass, without padding (see `lib.training.attention`).
 
-    `input_ids`, `position_ids`: (1, S). `response_positions`, `labels`: (R,), the places in the row after which the R
-    response tokens come, and these tokens.
+    `input_ids`, `position_ids`: (1, S). `response_positions`: (R,), where the next token is one of the R `labels`.
     """
 
     input_ids: Tensor
@@ -52,10 +51,7 @@ class Microbatch:
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt, begun as the tokenizer begins a text: with its BOS token, if it sets one.
-
-    The same for training, evaluation and proof. What the tokenizer would put after a text does not end a prompt.
-    """
+    """Token ids of a prompt, begun as the tokenizer begins a text: with its BOS token, if it sets one."""
     ids, first = tokenizer(text, add_special_tokens=False)["input_ids"], _beginning(tokenizer)
     return ids if ids[: len(first)] == first else first + ids
 
@@ -68,23 +64,18 @@ def _beginning(tokenizer) -> list[int]:
 
 
 def encode(examples: list["Example"], tokenizer, max_length: int) -> list[Sequence]:
-    """Tokenize prompt and response separately and concatenate them.
+    """Tokenize prompt and response separately, concatenate them, and end in one end-of-sequence token, to be learned.
 
-    The one place that says it: the end-of-sequence token is learned after the response, appended where the response
-    does not end in it already, so that a trained model stops by itself.
-    Raises `UserError` for examples longer than `max_length` tokens instead of cutting them: a cut response teaches
-    the model not to answer.
+    Raises `UserError` for examples longer than `max_length` tokens: a cut response would teach not to answer.
     """
-    sequences, too_long = [], []
+    sequences = []
     for example in examples:
         prompt_ids = encode_prompt(tokenizer, example.prompt)
         response_ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
         if response_ids[-1:] != [tokenizer.eos_token_id]:
             response_ids = [*response_ids, tokenizer.eos_token_id]
         sequences.append(Sequence(example.id, prompt_ids + response_ids, len(prompt_ids)))
-        if len(sequences[-1].token_ids) > max_length:
-            too_long.append(sequences[-1])
-    if too_long:
+    if too_long := [s for s in sequences if len(s.token_ids) > max_length]:
         longest = max(len(s.token_ids) for s in too_long)
         raise UserError(
             f"max_length={max_length}: {len(too_long)} of {len(examples)} examples are longer "
@@ -100,11 +91,7 @@ def number_of_steps(n_examples: int, batch_size: int, epochs: float, max_steps: 
 
 
 def make_batches(sequences: list[Sequence], batch_size: int, epochs: float, max_steps: int | None, seed: int):
-    """All optimizer batches of a run, in order: a list of lists of `Sequence`.
-
-    Each epoch is a seeded permutation of the examples; batches run across the border of two epochs, so that every
-    batch but the last is full.
-    """
+    """All optimizer batches of a run, lists of `Sequence`: seeded permutations, one an epoch, cut into full batches."""
     generator = random.Random(seed)
     order: list[Sequence] = []
     number = max(1, round(len(sequences) * epochs))
@@ -118,9 +105,8 @@ def make_batches(sequences: list[Sequence], batch_size: int, epochs: float, max_
 def make_microbatches(batch: list[Sequence], microbatch_tokens: int, share_prefix: bool = True) -> list[Microbatch]:
     """Cut an optimizer batch into microbatches of about equal size, none with more than `microbatch_tokens` tokens.
 
-    A longer sequence has a microbatch of its own. The loss of a batch is a sum over its tokens, so neither the cut nor
-    the order changes it. The tokens that all prompts of the batch begin with are packed once, unless `share_prefix` is
-    off.
+    A longer sequence has a microbatch of its own. The cut does not change the loss of the batch, a sum over tokens.
+    With `share_prefix` the tokens that all prompts of the batch begin with are packed once.
     """
     prefix = shared_prefix_length(batch) if share_prefix else 0
     ordered = sorted(batch, key=lambda s: len(s.token_ids))
@@ -145,10 +131,7 @@ def _cut(sequences: list[Sequence], count: int, total: int) -> list[list[Sequenc
 
 
 def shared_prefix_length(sequences: list[Sequence]) -> int:
-    """How many leading tokens all prompts have in common, their last token aside, after which the response comes.
-
-    0 where it would not pay: one sequence, or fewer than 16 tokens.
-    """
+    """How many leading tokens all prompts share, their last ones aside; 0 where too few (16) for it to pay."""
     columns = zip(*(s.token_ids[: s.prompt_length - 1] for s in sequences), strict=False)  # up to the shortest
     length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     return length if len(sequences) > 1 and length >= 16 else 0
@@ -170,8 +153,8 @@ def pack(sequences: list[Sequence], prefix: int = 0) -> Microbatch:
     return Microbatch(*row, torch.tensor(response_positions), torch.tensor(labels), make_packing(prefix, lengths))
 
 
-def pad(sequences: list[Sequence], pad_token_id: int) -> dict[str, Tensor]:
+def pad(sequences: list[Sequence], pad_token_id: int, device: str = "cpu") -> dict[str, Tensor]:
     """The same sequences in the course's way: `input_ids`, `labels` and `response_mask`, (B, T - 1) each."""
-    ids = [torch.tensor(s.token_ids) for s in sequences]
-    masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in sequences]
+    ids = [torch.tensor(s.token_ids, device=device) for s in sequences]
+    masks = [torch.arange(len(s.token_ids), device=device) >= s.prompt_length for s in sequences]
     return pad_and_shift(ids, masks, pad_token_id)

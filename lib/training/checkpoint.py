@@ -1,14 +1,11 @@
-"""Checkpoints of a run: the policy, the optimizer, and where training stood, in one folder that is whole or not there.
+"""Checkpoints of a run: `<run>/checkpoints/step-000024/`, of which only the newest is kept.
 
-`<run>/checkpoints/step-000024/` holds `policy.safetensors` (fp32 master weights), `optimizer.safetensors` (AdamW's
-moments) and `state.json`. Order of the data and learning rate need no file: they follow from seed and step, and a hash
-in `state.json` proves that the data are still the same. Training draws no random numbers. Only the newest checkpoint is
-kept.
+It holds the fp32 master weights, AdamW's moments, and `state.json`. Order of the data and learning rate follow from
+seed and step, and training draws no random numbers.
 """
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -19,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib.files import UserError, first_line, shorten_path, write_json
+from lib.files import UserError, first_line, read_json, shorten_path, whole_folder, write_json
 from lib.training.policy import named_weights
 
 FOLDER = "checkpoints"
@@ -32,16 +29,14 @@ BYTES_PER_SECOND = 1e9  # what the first one is taken to be written at
 class Schedule:
     """When checkpoints are due: every `interval` steps (0: never), or with None as the time that they cost allows.
 
-    Then one is due at an evaluation, and after ten minutes anyway, if it takes at most 5 % of the time that has passed
-    since the last one or the start; before the last evaluation 10 % will do. 18 GB of a 1.5 B model take 18 s: a run
-    whose training takes less than three minutes writes none, and repeats its training if it is stopped.
+    Then one is due at evaluations, and after ten minutes anyway, if writing it takes a small share of the training
+    since the last one. At the 1.5 B shape (18 GB, 18 s) a run of less than three minutes writes none.
     """
 
     def __init__(self, interval: int | None, evaluation_steps: set[int], size: int):
         self.interval = interval
         self.evaluation_steps = evaluation_steps
-        self.cost = size / BYTES_PER_SECOND  # seconds
-        self.last = time.perf_counter()
+        self.written(size / BYTES_PER_SECOND)
 
     def due(self, step: int) -> bool:
         if self.interval is not None:
@@ -60,53 +55,41 @@ def latest(run_dir: Path) -> Path | None:
     return max((run_dir / FOLDER).glob("step-*"), default=None)
 
 
-def read_state(checkpoint: Path) -> dict:
-    """What `save` was given as `state`."""
-    with _readable(checkpoint):
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
-
-
 @contextlib.contextmanager
 def _readable(checkpoint: Path):
     """UserError where a checkpoint, which is whole when it gets its name, was damaged since."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
             f"resume: the checkpoint {shorten_path(checkpoint)} can't be read ({first_line(error)}); "
             "resume=False starts again"
         ) from error
 
 
+def read_state(checkpoint: Path) -> dict:
+    """What `save` was given as `state`."""
+    with _readable(checkpoint):
+        return read_json(checkpoint / "state.json")["state"]
+
+
 def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, state: dict) -> float:
     """Write the checkpoint of `step` and remove older ones; returns the seconds that it took.
 
-    It appears under its name only when all of it is on the disk, so that a run killed at any moment leaves a whole
-    one. `state`: JSON-ready values that `read_state` gives back. Raises OSError where the disk is full, or would be.
+    It appears under its name when it is complete, so a run killed at any moment leaves a whole one.
+    Raises OSError where the disk is full, or would be.
     """
-    started = time.perf_counter()
-    folder = run_dir / FOLDER
+    started, moments = time.perf_counter(), optimizer.state_dict()["state"]
+    final = run_dir / FOLDER / f"step-{step:06d}"
     if shutil.disk_usage(run_dir).free < size(policy):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    partial, final = folder / f".partial-{step:06d}", folder / f"step-{step:06d}"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final))
+    tensors = {f"{index}.{name}": t for index, values in moments.items() for name, t in values.items()}
     remove_partial(run_dir)
-    partial.mkdir(parents=True)
-    moments = optimizer.state_dict()
-    tensors = {f"{index}.{name}": t for index, values in moments["state"].items() for name, t in values.items()}
-    try:
-        _write_tensors(partial / "policy.safetensors", dict(named_weights(policy)))
-        _write_tensors(partial / "optimizer.safetensors", tensors)
-        write_json(partial / "state.json", {"param_groups": moments["param_groups"], "state": state})
-        for path in [*partial.iterdir(), partial]:
-            _flush(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _flush(folder)
-    for older in folder.glob("step-*"):
+    with whole_folder(final) as folder:
+        _write_tensors(folder / "policy.safetensors", dict(named_weights(policy)))
+        _write_tensors(folder / "optimizer.safetensors", tensors)
+        write_json(folder / "state.json", {"state": state})
+    for older in final.parent.glob("step-*"):
         if older != final:
             shutil.rmtree(older)
     return time.perf_counter() - started
@@ -114,30 +97,20 @@ def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, state: di
 
 def restore(checkpoint: Path, policy: torch.nn.Module, optimizer) -> None:
     """Put policy and optimizer back to where they were at `save`."""
+    moments: dict[int, dict] = {}
     with _readable(checkpoint):
         weights = load_file(checkpoint / "policy.safetensors")
-        moved = load_file(checkpoint / "optimizer.safetensors")
-        values = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    own = dict(named_weights(policy))
-    if {name: tuple(t.shape) for name, t in own.items()} != {name: tuple(t.shape) for name, t in weights.items()}:
-        raise UserError(f"{shorten_path(checkpoint)}: its weights are not those of this model's architecture")
-    for name, tensor in own.items():
-        tensor.copy_(weights[name])
-    moments: dict[int, dict] = {}
-    for name, tensor in moved.items():
-        index, _, key = name.partition(".")
-        moments.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": values["param_groups"]})
-
-
-def delete_all(run_dir: Path) -> None:
-    """Remove a run's checkpoints."""
-    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+        for name, tensor in named_weights(policy):
+            tensor.copy_(weights[name])
+        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def remove_partial(run_dir: Path) -> None:
     """Remove what a killed process was writing."""
-    for partial in (run_dir / FOLDER).glob(".partial-*"):
+    for partial in (run_dir / FOLDER).glob(".step-*"):
         shutil.rmtree(partial)
 
 
@@ -159,17 +132,8 @@ def check_space(run_dir: Path, policy: torch.nn.Module) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+        save_file(tensors, path)
     except SafetensorError as error:
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file or a folder to the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,11 +24,7 @@ def tokenize_prompt_and_output(prompt_strs: list[str], output_strs: list[str], t
 
 
 def pad_and_shift(sequences: list[Tensor], masks: list[Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad on the right, then split into inputs and labels one token apart; the mask follows the labels.
-
-    T ids and mask values a sequence -> tensors (B, T - 1), T the longest. Causal attention never looks right, so
-    padding there needs no attention mask.
-    """
+    """Pad on the right, where causal attention never looks, and split: see `tokenize_prompt_and_output`."""
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)  # (B, T)
     mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True, padding_value=False)  # (B, T)
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}
@@ -40,13 +36,8 @@ def compute_entropy(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
-def get_response_log_probs(
-    model, input_ids: Tensor, labels: Tensor, return_token_entropy: bool = False
-) -> dict[str, Tensor]:
-    """Log-probability of each label, `log_probs` (B, T), and with `return_token_entropy` also `token_entropy` (B, T).
-
-    Nothing is masked here: prompt and padding positions are included.
-    """
+def get_response_log_probs(model, input_ids: Tensor, labels: Tensor, return_token_entropy: bool = False):
+    """`log_probs` of the labels, (B, T), and with `return_token_entropy` also `token_entropy`; nothing is masked."""
     logits = model(input_ids).logits  # (B, T, V)
     log_probs = torch.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)  # (B, T)
     result = {"log_probs": log_probs}

@@ -1,7 +1,6 @@
 """Algorithm 1 of the assignment: supervised fine-tuning, one optimizer step at a time.
 
-`steps` deals out the batches and measures each step; who goes through them calls `forward`, `backward`, the clipping
-and the optimizer, as `train_steps` does for tuning and the benchmark, and `notebooks/train.ipynb` on its page.
+`steps` deals out the batches; `notebooks/train.ipynb` takes the steps on its page, `train_steps` for everyone else.
 """
 
 import math
@@ -31,10 +30,7 @@ def make_optimizer(policy: torch.nn.Module, weight_decay: float = 0.0) -> torch.
 
 
 def learning_rates(total_steps: int, peak: float, warmup_ratio: float = 0.0) -> list[float]:
-    """The rate of each step: linear warm-up over `warmup_ratio` of the steps, then cosine decay towards zero.
-
-    Neither the first nor the last step has a rate of zero.
-    """
+    """The rate of each step, never 0: linear warm-up over `warmup_ratio` of the steps, then cosine decay."""
     warmup = math.ceil(warmup_ratio * total_steps)
     rising = [(step + 1) / (warmup + 1) for step in range(warmup)]
     falling = [0.5 * (1 + math.cos(math.pi * step / (total_steps - warmup))) for step in range(total_steps - warmup)]
@@ -49,9 +45,7 @@ class Step:
     batch: list[Sequence]
     microbatches: list[Microbatch]
     learning_rate: float
-    examples_seen: int  # with this batch
-    epoch: float
-    waited: float  # seconds since the step before: for evaluations, syncs, checkpoints, drawing
+    counts: dict  # what its metrics say beside: examples and epochs with this batch, seconds waited before it
     prepare_next: Callable[[], list[Microbatch]]
     started: float
     ended: float = math.nan
@@ -66,7 +60,7 @@ class Step:
         return sum(s.response_length for s in self.batch)
 
     def add(self, loss: Tensor, entropies: Tensor) -> None:
-        """Take the loss and the sum of token entropies of a microbatch; the device may still be computing them."""
+        """Take the loss and the sum of token entropies of a microbatch, which the device may still be computing."""
         self.loss, self.entropy = self.loss + loss, self.entropy + entropies / self.response_tokens
 
     def check(self, gradient_norm: Tensor) -> None:
@@ -75,8 +69,7 @@ class Step:
         Raises `TrainingError` for a loss or a gradient that is not finite, before the weights are touched.
         """
         self.following = self.prepare_next()
-        sums = torch.stack([self.loss, gradient_norm, self.entropy])
-        self.loss, self.gradient_norm, self.entropy = sums.tolist()
+        self.loss, self.gradient_norm, self.entropy = torch.stack([self.loss, gradient_norm, self.entropy]).tolist()
         if not math.isfinite(self.loss) or not math.isfinite(self.gradient_norm):
             raise TrainingError(
                 f"step {self.number}: loss {self.loss}, gradient norm {self.gradient_norm}; stopped before the update. "
@@ -96,66 +89,36 @@ class Step:
             "tokens": tokens,
             "response_tokens": self.response_tokens,
             "tokens_per_second": tokens / seconds,
-            "epoch": self.epoch,
-            "examples_seen": self.examples_seen,
             "seconds": seconds,
-            "wait_seconds": self.waited,
+            **self.counts,
         }
 
 
-def steps(
-    batches: list[list[Sequence]],
-    rates: list[float],
-    n_examples: int,
-    device: str | torch.device,
-    cut: Callable[[list[Sequence]], list[Microbatch]],
-    done: int = 0,
-) -> Iterator[Step]:
-    """A `Step` for each batch after the first `done` ones, with a learning rate of `rates` each.
-
-    `n_examples` make an epoch; `cut` turns a batch into microbatches. Between two of them the caller adds up the
-    microbatches (`add`), then calls `check`, the optimizer, and `metrics`.
-    """
+def steps(batches, settings: Optimization, n_examples: int, done: int = 0, cut=make_microbatches) -> Iterator[Step]:
+    """A `Step` for each batch after the first `done` ones, to `add`, `check` and ask for `metrics` in turn."""
+    cut = partial(cut, microbatch_tokens=settings.microbatch_tokens)
+    rates = learning_rates(len(batches), settings.learning_rate, settings.warmup_ratio)
     packed, ended, seen = None, None, sum(map(len, batches[:done]))
     for number, batch in enumerate(batches[done:], start=done + 1):
         started = time.perf_counter()
         seen += len(batch)
+        waited = 0.0 if ended is None else started - ended  # for evaluations, syncs, checkpoints, drawing
         step = Step(
-            number=number,
-            batch=batch,
-            microbatches=[microbatch.to(device) for microbatch in (cut(batch) if packed is None else packed)],
-            learning_rate=rates[number - 1],
-            examples_seen=seen,
-            epoch=seen / n_examples,
-            waited=0.0 if ended is None else started - ended,
-            prepare_next=partial(cut, batches[number]) if number < len(batches) else list,
-            started=started,
+            number,
+            batch,
+            [microbatch.to(settings.train_device) for microbatch in (cut(batch) if packed is None else packed)],
+            rates[number - 1],
+            {"epoch": seen / n_examples, "examples_seen": seen, "wait_seconds": waited},
+            partial(cut, batches[number]) if number < len(batches) else list,
+            started,
         )
         yield step
         packed, ended = step.following, step.ended
 
 
-def train_steps(
-    policy: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: list[list[Sequence]],
-    settings: Optimization,
-    n_examples: int,
-    *,
-    done: int = 0,
-    backward: Callable = backward,
-    cut: Callable = make_microbatches,
-) -> Iterator[dict]:
-    """Train on `batches` in order, yielding the metrics of each optimizer step (`Step.metrics`).
-
-    `n_examples` make an epoch. `done`: how many steps were taken before, with this state of policy and optimizer.
-    `backward(policy, states, microbatch, normalize_constant, precision)` and `cut(batch, microbatch_tokens)` stand for
-    `lib.training.policy.backward` and `lib.training.batching.make_microbatches`.
-    Raises `TrainingError` for a loss that is not finite, and for a GPU that is out of memory.
-    """
-    rates = learning_rates(len(batches), settings.learning_rate, settings.warmup_ratio)
-    cut = partial(cut, microbatch_tokens=settings.microbatch_tokens)
-    for step in steps(batches, rates, n_examples, policy.device, cut, done):
+def train_steps(policy, optimizer, batches, settings: Optimization, n_examples: int, *, backward=backward, **how):
+    """Take all `steps` (`how`: its other arguments), and yield the metrics of each; `backward` may be another's."""
+    for step in steps(batches, settings, n_examples, **how):
         try:
             for microbatch in step.microbatches:
                 states = forward(policy, microbatch, settings.precision)
@@ -170,7 +133,6 @@ def train_steps(
 
 
 def out_of_memory(settings: Optimization) -> str:
-    """What to do about a full GPU."""
     return (
         f"{settings.train_device} is out of memory; lower microbatch_tokens={settings.microbatch_tokens} (the results "
         "stay the same), or gpu_memory_utilization where the engine shares this GPU"
@@ -185,7 +147,5 @@ def evaluation_steps(total_steps: int, eval_interval: int | None) -> set[int]:
     if eval_interval is not None:
         return {*range(eval_interval, total_steps + 1, eval_interval), total_steps}
     chosen = {max(1, round(share * total_steps)) for share in EVALUATED_AT}
-    for step in range(1, total_steps + 1):
-        if len(chosen) < 5:
-            chosen.add(step)
-    return chosen
+    others = [step for step in range(1, total_steps + 1) if step not in chosen]
+    return chosen.union(others[: max(0, 5 - len(chosen))])

@@ -117,6 +117,15 @@ def test_the_stop_string_ends_a_response_and_is_kept(engine, policy, tiny_model,
     assert whole.text.startswith(stopped.text) and len(stopped.token_ids) <= 8
 
 
+def test_the_end_of_sequence_is_no_text(engine, tiny_model):
+    """Special tokens are kept in the text, but for the one that ends it: it would stand behind every answer."""
+    tokenizer = load_tokenizer(str(tiny_model))
+    (responses,) = generate(engine, [tokenizer("Add.")["input_ids"]], Sampling(2.0, 1.0, 300, samples=32))
+    ended = [response for response in responses if response.token_ids[-1] == tokenizer.eos_token_id]
+    assert ended and all(response.finish_reason == "stop" for response in ended)
+    assert [response.text for response in ended] == [tokenizer.decode(response.token_ids[:-1]) for response in ended]
+
+
 def test_an_evaluation_gives_a_record_a_response(engine, policy, tiny_model, data_dir):
     tokenizer = load_tokenizer(str(tiny_model))
     load_policy_into_vllm_instance(policy, engine)

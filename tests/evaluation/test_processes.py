@@ -1,5 +1,6 @@
 """Engines in processes of their own, as on a GPU, here on the CPU: dealt out, supervised, gone with their parent."""
 
+import contextlib
 import copy
 import os
 import signal
@@ -9,6 +10,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,6 +18,7 @@ import torch
 
 from lib.evaluation import engine as engines
 from lib.evaluation import replica as replicas
+from lib.evaluation import weights as ways
 from lib.evaluation.engine import EngineError, Sampling, begin_vllm, generate, shutdown, wait_until_ready
 from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.training.policy import load_policy, load_tokenizer
@@ -140,7 +143,7 @@ def test_a_call_under_way_ends_with_the_engine(process):
 def test_the_log_says_why_a_process_ended():
     ours, theirs = replicas.Pipe()
     program = "import sys; print('torch.OutOfMemoryError: CUDA out of memory'); print('at exit'); sys.exit(3)"
-    output = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the test)
+    output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (closed with the test)
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdout=output, stdin=subprocess.PIPE, start_new_session=True
     )
@@ -264,11 +267,37 @@ def test_engines_on_a_gpu_are_told_their_memory_and_their_way_of_weights(
     for process in processes:
         method, asked, log = process.call
         assert (method, log) == ("start", str(tmp_path / "engine.log"))
-        assert asked["weight_transfer"] == backend and not asked["enable_prefix_caching"]
+        assert asked["weight_transfer_config"] == {"backend": backend} and not asked["enable_prefix_caching"]
         assert asked["load_format"] == "safetensors" and asked["dtype"] == "bfloat16"
         assert asked["max_num_seqs"] == 512 == max(asked["compilation_config"]["cudagraph_capture_sizes"])
+        assert asked["compilation_config"]["cudagraph_mode"] == "FULL_AND_PIECEWISE"
+        assert replicas._environment("cuda:1")["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "1"  # refused without
         assert asked["kv_cache_memory_bytes"] == 512 * 512 * 2 * 2 * 2 * 32  # responses x tokens x bytes of a token
         assert asked["gpu_memory_utilization"] * (80 << 30) == pytest.approx(
             asked["kv_cache_memory_bytes"] + weights + (3 << 30)
         )
         assert asked["gpu_memory_utilization"] * (80 << 30) < left
+
+
+def test_weights_go_to_each_replica_of_a_gpu_and_are_let_go(monkeypatch, tmp_path):
+    """vLLM's own sender without its kernels: what it asks of the replicas, and that it keeps no copy."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    sender, sent, asked = nccl_engine.NCCLTrainerWeightTransferEngine, [], [[], []]
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: None)
+    monkeypatch.setattr(sender, "_broadcast", lambda self, *source: sent.append(list(self._checked_iter(*source))))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    fakes = [SimpleNamespace(call=lambda _, name, *rest, own=own: own.append((name, *rest))) for own in asked]
+    engine = engines.Engine(fakes, "cuda:1", "cuda:0", "bf16", tmp_path / "engine.log", 0.0)
+    policy = torch.nn.Linear(2, 3)
+    for _ in range(2):
+        ways._send_to_gpu(policy, engine)
+        torch.nn.init.zeros_(policy.bias)
+    update = ["start_weight_update", "update_weights", "finish_weight_update"]
+    for calls in asked:
+        assert [name for name, *_ in calls] == ["init_weight_transfer_engine", *update, *update]
+        assert calls[2][1]["update_info"]["names"] == ["weight", "bias"]
+    assert len(sent) == 4 and all(tensor.dtype == torch.bfloat16 for pairs in sent for _, tensor in pairs)
+    assert sent[0][1][1].any() and not sent[2][1][1].any()  # the second time the new ones
+    assert all(one.source is None for one in engine.senders)

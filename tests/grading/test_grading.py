@@ -183,6 +183,7 @@ ANSWERS = {
     ],
     "units": [
         (r"12\text{ square feet}", "12", True),
+        (r"441\text{ pounds}", r"$441\text{ pounds}$", True),
         ("12", "12 square feet", True),
         ("12", r"12 \text{ cm}^2", True),
         ("12", "12cm", True),

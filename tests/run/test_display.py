@@ -42,11 +42,10 @@ def test_a_trace_is_marked_by_its_mask_and_shown_only_where_the_data_are_ours():
 
 def test_an_answer_is_shown_with_its_grade_and_its_gold_answer_only_where_it_is_ours():
     problem = Problem("validation/1", "What is 6 x 7?", "42", None, None)
-    record = {"response": "<b> </think> <answer>41</answer>"}
-    reward = {"reward": 0.0, "format_reward": 1.0, "answer_reward": 0.0}
+    record = {"id": "validation/1", "response": "<b> </think> <answer>41</answer>"}
     for folder, shows in ((PROFILES["mini"]["data_dir"], True), ("/data/MATH", False)):
-        run = SimpleNamespace(config=SimpleNamespace(data_dir=folder))
-        page = live.graded_answer(run, record, problem, reward).to_html()
+        run = SimpleNamespace(config=SimpleNamespace(data_dir=folder), problems=[problem])
+        page = live.graded_answer(run, record).to_html()
         assert "&lt;b&gt; &lt;/think&gt;" in page and "format_reward" in page and "validation/1" in page
         assert (">42<" in page) is shows and "6 x 7" not in page
 

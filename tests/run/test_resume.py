@@ -111,7 +111,7 @@ def test_only_the_newest_whole_checkpoint_is_there(settings):
     assert sorted(p.name for p in (folder / "step-000006").iterdir()) == [
         *("optimizer.safetensors", "policy.safetensors", "state.json")
     ]
-    (folder / ".partial-000007").mkdir()  # a killed process was writing it
+    (folder / ".step-000007.x").mkdir()  # a killed process was writing it
     assert checkpoint.latest(run.config.run_dir).name == "step-000006"
     run_until(settings)
     assert [p.name for p in folder.iterdir()] == ["step-000006"]
@@ -158,7 +158,7 @@ def test_a_failed_write_keeps_the_checkpoint_before(settings, monkeypatch):
     write = checkpoint._write_tensors
 
     def fail_at_the_second(path, tensors):
-        if path.name == "optimizer.safetensors" and (path.parents[1] / "step-000003").exists():
+        if path.name == "optimizer.safetensors" and (path.parents[2] / "step-000003").exists():
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write(path, tensors)
 

@@ -31,6 +31,8 @@ from lib.study.execution import MARK
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402
 
+pytestmark = pytest.mark.cluster
+
 from lib.study import cluster  # noqa: E402
 
 EACH = ["--cpus-per-run", "1"]
