@@ -175,7 +175,9 @@ def connect(address: str, folder: Path, settings: dict) -> None:
     """Start or reach the cluster, and send the project; what Ray says goes to ray.log in the study's folder."""
     log, logger = folder / "ray.log", logging.getLogger("ray")
     logger.handlers = []
-    options = {"include_dashboard": False} if address == "local" else {}
+    # Ray's workers are nice to others (15), and so would be their runs: not on a cluster of this study alone.
+    own = {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+    options = own if address == "local" else {}
     if address not in ("local", "auto"):
         check_head(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -49,7 +49,7 @@ def run_study(arguments: argparse.Namespace) -> Outcome:
             shared, settings = shared | taken, settings | taken
         runs = plan_runs(arguments, shared, settings)
         plan.refuse_conflicts(runs, folder, settings)
-        return run_all(runs, folder, machine, plan.count_rows(settings))
+        return run_all(runs, folder, machine)
     finally:
         if machine is not None:
             machine.close()

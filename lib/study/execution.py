@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -15,7 +17,7 @@ import yaml
 
 from lib.files import PROJECT_ROOT, UserError, shorten_path
 
-FOLDER, OWNER = "SFT_STUDY_FOLDER", "SFT_STUDY_OWNER"  # in the environment of every process started here
+MARK = "SFT_STUDY_RUN"  # in the environment of all processes of a notebook: who started it, a number, its folder
 GRACE = 15  # seconds that an interrupted notebook has to shut its kernel down before it is killed
 POLL = 0.3  # seconds between two looks at running notebooks
 # papermill must not outlive the process that watches it, however that ends (PR_SET_PDEATHSIG, Linux only).
@@ -64,21 +66,21 @@ class Execution:
         environment: dict | None = None,
         project: Path = PROJECT_ROOT,
     ):
-        self.output, self.owner, self.project = output, owner, project
+        self.output, self.project = output, project
         self.environment = os.environ if environment is None else environment
         self.partial = output.with_name(f".{output.stem}.partial.ipynb")
         self.log = output.with_suffix(".log")
         self.command = [sys.executable, "-c", PAPERMILL, str(os.getpid()), str(notebook), str(self.partial)]
         self.command += ["--no-progress-bar", "--log-level", "WARNING", "-y", yaml.safe_dump(parameters)]
+        self.mark = f"{os.getpid()}:{uuid.uuid4().hex}:{owner}"
         self.process: subprocess.Popen | None = None
-        self.sessions: set[int] = set()  # of every process seen below it
 
     def start(self) -> None:
         with open(self.log, "w", encoding="utf-8") as printed:
             self.process = subprocess.Popen(
                 self.command,
                 cwd=self.project,
-                env={**self.environment, FOLDER: str(self.owner), OWNER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+                env={**self.environment, MARK: self.mark, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
@@ -86,15 +88,11 @@ class Execution:
             )
 
     def is_running(self) -> bool:
-        """To be asked several times a second: it also notes the processes that will have to end with the notebook."""
-        if self.process.poll() is not None:
-            return False
-        self.sessions |= sessions_below(self.process.pid)
-        return True
+        return self.process.poll() is None
 
     def result(self) -> str | None:
         """None, or why it failed in one line; to be asked once it no longer runs."""
-        kill_sessions(self.sessions)
+        kill_marked({self.mark}.__contains__)
         failed = self.output.with_suffix(".failed.ipynb")
         if self.process.returncode == 0:
             publish(self.partial, self.output)
@@ -133,28 +131,21 @@ def end(executions: list[Execution]) -> None:
     for one in started:
         with contextlib.suppress(subprocess.TimeoutExpired):
             one.process.wait(max(deadline - time.monotonic(), 0))
-    kill_sessions(set().union(*(one.sessions for one in started)))
+    kill_marked({one.mark for one in started}.__contains__)
     for one in started:
         one.process.wait()
         one.partial.unlink(missing_ok=True)
 
 
-def sessions_below(pid: int) -> set[int]:
-    """Process sessions of a process and all its descendants: a kernel has its own, and its engine lives in it."""
-    sessions = set()
-    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                sessions.add(os.getsid(process.pid))
-    return sessions - {os.getsid(0)}
+def kill_marked(wanted: Callable[[str], bool]) -> int:
+    """SIGKILL every process whose mark is `wanted`; how many there were.
 
-
-def kill_sessions(sessions: set[int]) -> int:
-    """SIGKILL every process of these sessions; how many there were."""
+    A kernel and its engine have process groups and sessions of their own, but inherit the environment.
+    """
     killed = []
     for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
+        with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
+            if wanted(process.environ().get(MARK, "")):
                 process.kill()
                 killed.append(process)
     psutil.wait_procs(killed, timeout=5)
@@ -163,26 +154,14 @@ def kill_sessions(sessions: set[int]) -> int:
 
 def sweep(folder: Path) -> int:
     """End what works for this folder although the process that started it was killed; how many processes there were."""
-    sessions = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            marks = process.environ()
-            if marks.get(FOLDER) == str(folder) and not is_alive(int(marks.get(OWNER, 0))):
-                sessions.add(os.getsid(process.pid))
-    return kill_sessions(sessions - {os.getsid(0)})
-
-
-def is_alive(pid: int) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
+    return kill_marked(lambda mark: mark.endswith(f":{folder}") and not psutil.pid_exists(int(mark.partition(":")[0])))
 
 
 def read_notebook(path: Path) -> nbformat.NotebookNode | None:
     """A notebook, or None where there is none or only a part of one: papermill was killed while it wrote."""
     try:
         return nbformat.read(path, as_version=4)
-    except (FileNotFoundError, ValueError):  # nbformat's errors are ValueErrors
+    except (FileNotFoundError, ValueError, AttributeError):  # what nbformat raises for a text that is no notebook
         return None
 
 

@@ -103,12 +103,6 @@ def count_examples(settings: dict) -> dict:
     return select_examples(examples, "all", False, 0).sizes
 
 
-def count_rows(settings: dict) -> int:
-    """Rows of sft.jsonl: about as many examples as the full set has."""
-    path = absolute(settings["data_dir"]) / "sft.jsonl"
-    return sum(1 for _ in open(path, "rb"))
-
-
 def correct_examples(counts: dict, what: str) -> int:
     if counts.get("correct") is None:
         raise UserError(f"{what}: sft.jsonl lacks gold answers, so the size of the filtered set is not known")

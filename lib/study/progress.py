@@ -1,7 +1,7 @@
 """What a study says while it runs: a line for what happened, bars on a terminal, a line now and then elsewhere."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from rich.console import Console
@@ -10,15 +10,19 @@ from rich.progress import Progress as Bars
 
 from lib.study.plan import PlannedRun
 
+FULL_SET = 2048  # examples, about: as many as both profiles have
 
-@dataclass(frozen=True)
+
+@dataclass
 class Job:
-    """A run at work: what its lines begin with, its notebook's execution, and since when (`time.monotonic`)."""
+    """A run at work: what its lines begin with, and its notebook's execution."""
 
     label: str
     run: PlannedRun
     execution: object
-    started: float
+    again: bool = False  # whether a run of the same name was not finished
+    started: float = field(default_factory=time.monotonic)  # or when it got its place on a cluster
+    said: bool = False  # that it started
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,6 @@ class Position:
     steps: int
 
     def __str__(self) -> str:
-        if self.node is None:
-            return "waiting for a place"
         where = f" on {self.node}" if self.node else ""
         if not self.step:
             return f"setting up{where}"
@@ -39,13 +41,10 @@ class Position:
 
 
 class Progress:
-    """Time left is what rich makes of the work done since the study began.
+    """Time left is what rich makes of the work done since the study began. `runs`: those to be made."""
 
-    `runs`: those to be made; `everything`: examples of the full set.
-    """
-
-    def __init__(self, runs: list[PlannedRun], everything: int, every: float = 30.0, clock=time.monotonic):
-        self.everything, self.every, self.clock, self.last = everything, every, clock, clock()
+    def __init__(self, runs: list[PlannedRun], every: float = 30.0, clock=time.monotonic):
+        self.every, self.clock, self.last = every, clock, clock()
         self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
         columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[position]}")]
         self.bars = Bars(
@@ -56,14 +55,9 @@ class Progress:
             speed_estimate_period=float("inf"),  # from the beginning: runs train in bursts, evaluations between them
             get_time=clock,
         )
-        self.all = self.bars.add_task("all runs", total=sum(map(self.work, runs)), position="")
+        self.all = self.bars.add_task("all runs", total=sum(map(work, runs)), position="")
         self.bar_of: dict[str, int] = {}
         self.ended = 0.0  # work of the runs that are over
-
-    def work(self, run: PlannedRun) -> float:
-        """Examples that a run sees, and as many as take about as long as its engine's start and its evaluations."""
-        n = run.parameters.get("n", "all")  # a tuning's is the notebook's default
-        return (self.everything if n == "all" else n) * (run.parameters.get("epochs") or 1) + self.everything / 4
 
     def say(self, text: str) -> None:
         self.console.print(text)
@@ -71,10 +65,13 @@ class Progress:
 
     def tick(self, jobs: list[tuple[Job, Position]]) -> None:
         """Note where the running jobs are, and say it now and then."""
-        done = self.ended
+        done, jobs = self.ended, [(job, position) for job, position in jobs if position.node is not None]
         for job, position in jobs:
+            if not job.said:
+                job.said, job.started = True, self.clock()
+                self.say(f"{job.label} started{' again: it was not finished' if job.again else ''}")
             share = position.step / position.steps if position.steps else 0.0
-            done += self.work(job.run) * share
+            done += work(job.run) * share
             if job.label not in self.bar_of:
                 self.bar_of[job.label] = self.bars.add_task(job.label, total=1, position="")
             self.bars.update(self.bar_of[job.label], completed=share, position=str(position))
@@ -91,10 +88,16 @@ class Progress:
 
     def over(self, job: Job) -> None:
         """Count a run that has ended, well or not."""
-        self.ended += self.work(job.run)
+        self.ended += work(job.run)
         self.bars.update(self.all, completed=self.ended)
         if job.label in self.bar_of:
             self.bars.remove_task(self.bar_of.pop(job.label))
+
+
+def work(run: PlannedRun) -> float:
+    """Examples that a run sees, and as many as take about as long as its engine's start and its evaluations."""
+    n = run.parameters.get("n", "all")  # a tuning's is the notebook's default
+    return (FULL_SET if n == "all" else n) * (run.parameters.get("epochs") or 1) + FULL_SET / 4
 
 
 def spell(seconds: float) -> str:

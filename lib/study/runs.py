@@ -7,7 +7,7 @@ from pathlib import Path
 from lib.files import UserError, read_json, shorten_path
 from lib.study.execution import POLL, Execution, end
 from lib.study.plan import PlannedRun
-from lib.study.progress import Job, Position, Progress, spell
+from lib.study.progress import Job, Position, Progress, spell, work
 
 
 @dataclass
@@ -47,13 +47,13 @@ class ThisMachine:
         """Nothing stays open."""
 
 
-def run_all(runs: list[PlannedRun], folder: Path, machine, everything: int = 2048, every: float = 30.0) -> Outcome:
+def run_all(runs: list[PlannedRun], folder: Path, machine, every: float = 30.0) -> Outcome:
     """Make the runs that are not finished yet on `machine` (`ThisMachine`, or `cluster.Cluster`)."""
     outcome = Outcome()
-    progress = Progress([run for run in runs if not run.is_kept(folder)], everything, every)
+    progress = Progress([run for run in runs if not run.is_kept(folder)], every)
     waiting = [(f"[{place}/{len(runs)}] {run.name:<10}", run) for place, run in enumerate(runs, start=1)]
     if machine.longest_first:  # so that no long run is left alone at the end
-        waiting.sort(key=lambda pair: -progress.work(pair[1]))
+        waiting.sort(key=lambda pair: -work(pair[1]))
     jobs: list[Job] = []
     try:
         with progress.bars:
@@ -65,11 +65,9 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, everything: int = 204
                         said = accuracy(folder / run.name) + lost_notebook(folder / run.name)
                         progress.say(f"{label} kept, finished before{said}")
                         continue
-                    again = " again: it was not finished" if (folder / run.name).is_dir() else ""
-                    progress.say(f"{label} started{again}")
-                    execution = machine.prepare(run, [job.run for job in jobs])
-                    jobs.append(Job(label, run, execution, time.monotonic()))
-                    execution.start()  # after it is among the jobs, so that it is ended below
+                    again = (folder / run.name).is_dir()
+                    jobs.append(Job(label, run, machine.prepare(run, [job.run for job in jobs]), again))
+                    jobs[-1].execution.start()  # after it is among the jobs, so that it is ended below
                 progress.tick([(job, machine.position(job)) for job in jobs])
                 time.sleep(POLL)
                 for job in [job for job in jobs if not job.execution.is_running()]:
@@ -89,8 +87,8 @@ def room(folder: Path, at_once: int, run: PlannedRun) -> int:
 
 def conclude(job: Job, folder: Path, outcome: Outcome, progress: Progress) -> None:
     """Say and count what became of a run whose notebook has ended."""
-    path, took = folder / job.run.name, spell(time.monotonic() - job.started)
-    reason = job.execution.result()
+    path, reason = folder / job.run.name, job.execution.result()
+    took = spell(time.monotonic() - job.started)
     if reason is None and not job.run.is_finished(folder):
         reason = f"the notebook ran to its end, but {shorten_path(path)} has no result"
     progress.over(job)

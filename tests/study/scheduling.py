@@ -18,13 +18,12 @@ from pathlib import Path
 
 import ray
 
-from lib.study import cluster, runs
+from lib.study import cluster, progress, runs
 from lib.study.node import pack
 from lib.study.plan import plan
-from lib.study.progress import Progress
 
 SIZES = ("128", "256", "512", "1024", "1353", "2048", "all", "filtered")
-EVERYTHING, SEEDS, IDEAL = 2048, 25, 60.0  # seconds
+SEEDS, IDEAL = 25, 60.0  # seconds
 
 
 def simulate(pairs: int, ideal: float = IDEAL, seeds: int = SEEDS) -> tuple[float, float, int]:
@@ -34,9 +33,10 @@ def simulate(pairs: int, ideal: float = IDEAL, seeds: int = SEEDS) -> tuple[floa
         (folder / "base-0").mkdir(parents=True)
         (folder / "base-0/settings.json").write_text("{}")
         planned = plan(folder, SIZES, range(seeds))
-        work = {run.name: Progress([], EVERYTHING).work(run) for run in planned}
+        work = {run.name: progress.work(run) for run in planned}
         scale = ideal * pairs / sum(work.values())
-        ray.init(num_gpus=2 * pairs, num_cpus=pairs, include_dashboard=False, log_to_driver=False)
+        calm = {"include_dashboard": False, "log_to_driver": False, "_system_config": {"worker_niceness": 0}}
+        ray.init("local", num_gpus=2 * pairs, num_cpus=pairs, **calm)
         warm_up(pairs)
 
         @ray.remote
@@ -53,7 +53,7 @@ def simulate(pairs: int, ideal: float = IDEAL, seeds: int = SEEDS) -> tuple[floa
         machine = cluster.Cluster("local", folder, {}, gpus=2, cpus=1)
         began = time.time()
         with contextlib.redirect_stdout(io.StringIO()):
-            outcome = runs.run_all(planned, folder, machine, EVERYTHING)
+            outcome = runs.run_all(planned, folder, machine)
         seconds = time.time() - began
         assert len(outcome.finished) == len(planned), outcome.failed
         results = [json.loads(path.read_text()) for path in folder.glob("*/summary.json")]

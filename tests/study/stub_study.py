@@ -82,7 +82,6 @@ def stub_notebook(tmp_path, monkeypatch):
     path = write_stub(tmp_path / "train.ipynb")
     monkeypatch.setattr(plan, "TRAIN_NOTEBOOK", path)
     monkeypatch.setattr(plan, "settle", settle_stub)
-    monkeypatch.setattr(plan, "count_rows", lambda settings: 2048)
     return path
 
 
@@ -191,7 +190,6 @@ from lib.study import choice, plan
 from stub_study import settle_stub
 plan.TRAIN_NOTEBOOK = Path({stub!r})
 plan.settle = settle_stub
-plan.count_rows = lambda settings: 2048
 study.make_report = lambda folder, again: folder / "report.html"
 {more}
 sys.exit(study.main(sys.argv[1:]))
@@ -206,7 +204,7 @@ def start_study(stub: Path, *words: str, more: str = "", **options) -> subproces
 
 def wait_for_run(folder: Path) -> list[int]:
     """Process ids of the kernel and of its engine, once both run."""
-    for _ in range(300):
+    for _ in range(900):
         if (folder / "engine.pid").is_file() and (folder / "engine.pid").read_text():
             time.sleep(0.7)  # longer than the study's own look at its processes
             kernel = json.loads((folder / "visits.jsonl").read_text().splitlines()[0])["pid"]

@@ -26,6 +26,7 @@ from stub_study import (  # noqa: F401
 
 from lib.files import PROJECT_ROOT, UserError, read_lines
 from lib.study.choice import GRIDS
+from lib.study.execution import MARK
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[cluster]'")
 from ray.cluster_utils import Cluster as Nodes  # noqa: E402
@@ -40,7 +41,8 @@ EACH = ["--cpus-per-run", "1"]
 @pytest.fixture(scope="module")
 def nodes():
     """A head and another node, each with room for two runs."""
-    both = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, "node_name": "head"})
+    calm = {"worker_niceness": 0}
+    both = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, "node_name": "head", "_system_config": calm})
     both.add_node(num_cpus=2, node_name="second")
     yield both
     both.shutdown()
@@ -53,10 +55,10 @@ def nothing_left(tmp_path):
     assert [p for p in psutil.process_iter() if marked(p) == str(tmp_path / "runs")] == [], "a run outlives its study"
 
 
-def marked(process: psutil.Process) -> str | None:
+def marked(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
-        return process.environ().get("SFT_STUDY_FOLDER")
-    return None
+        return process.environ().get(MARK, "").rpartition(":")[2]
+    return ""
 
 
 @pytest.fixture
@@ -83,19 +85,19 @@ def test_runs_of_a_shared_folder_are_made_in_it(stub, tmp_path, nodes):
 def test_without_a_shared_folder_each_run_comes_back_whole(stub, tmp_path, nodes, apart):
     """The base is measured by the first run, reaches the user before that run ends, and then the others."""
     folder = tmp_path / "runs"
-    words = ["--sizes", "128", "256", "512", "-p", "base_after", "0", "-p", "sleep", "20", "-p", "fail_at", "512"]
+    words = ["--sizes", "128", "256", "512", "-p", "base_after", "0", "-p", "sleep", "20", "-p", "fail_at", "128"]
     outcome = made(stub, folder, *words, "--ray", nodes.address, *EACH)
-    assert (sorted(outcome.finished), list(outcome.failed)) == (["n128", "n256"], ["n512"])
-    assert outcome.failed["n512"].startswith("ValueError: loss is nan with n=512 (on ")
+    assert (sorted(outcome.finished), list(outcome.failed)) == (["n256", "n512"], ["n128"])
+    assert outcome.failed["n128"].startswith("ValueError: loss is nan with n=128 (on ")
     names = [
         "base-0123",
         "n128",
-        "n128.ipynb",
+        "n128.failed.ipynb",
+        "n128.log",
         "n256",
         "n256.ipynb",
         "n512",
-        "n512.failed.ipynb",
-        "n512.log",
+        "n512.ipynb",
         "ray.log",
     ]
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".nobody")) == names

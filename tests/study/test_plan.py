@@ -73,7 +73,6 @@ def test_the_control_is_counted_in_the_data(data_dir):
     assert 0 < correct < len(kept)
     counts = plan.count_examples({"data_dir": str(data_dir)})
     assert (counts["correct"], counts["distinct"]) == (correct, len(kept))
-    assert plan.count_rows({"data_dir": str(data_dir)}) == len(rows)
 
 
 def test_seeds_are_added_to_a_folder_by_a_second_command(stub, tmp_path):

@@ -24,9 +24,9 @@ def test_time_left_is_the_work_left_at_the_speed_so_far():
     """Recomputed by hand: seconds so far, times work left, over work done. Half of n128 and then all of it are done."""
     clock = Clock()
     runs = [planned(128), planned(256), planned(1024)]
-    progress = Progress(runs, everything=1024, every=1e9, clock=clock)
-    work = {128: 128 + 256, 256: 256 + 256, 1024: 1024 + 256}
-    job = Job("[1/3] n128", runs[0], None, clock.now)
+    progress = Progress(runs, every=1e9, clock=clock)
+    work = {128: 128 + 512, 256: 256 + 512, 1024: 1024 + 512}
+    job = Job("[1/3] n128", runs[0], None)
     progress.tick([(job, Position("", 0, 4))])
     assert progress.left() == "", "nothing is known yet"
     clock.now += 60
@@ -49,7 +49,6 @@ def test_time_left_is_the_work_left_at_the_speed_so_far():
         (Position("", 3, 4), "step 3 of 4"),
         (Position("", 4, 4), "last evaluation"),
         (Position("gpu-7", 3, 4), "step 3 of 4 on gpu-7"),
-        (Position(None, 0, 0), "waiting for a place"),
     ],
 )
 def test_a_position_in_words(position, said):
@@ -62,11 +61,16 @@ def test_each_run_at_work_has_its_line(tmp_path, capsys):
     (tmp_path / "n256").mkdir()
     (tmp_path / "n256/config.json").write_text(json.dumps({"data": {"train_steps": 4}}))
     (tmp_path / "n256/metrics.jsonl").write_text("{}\n" * 3)
-    progress = Progress(runs, everything=1024, every=0, clock=clock)
-    jobs = [Job(f"[{i}/6] {run.name}", run, None, clock.now) for i, run in enumerate(runs, 1)]
+    progress = Progress(runs, every=0, clock=clock)
+    jobs = [Job(f"[{i}/6] {run.name}", run, None, again=i == 2) for i, run in enumerate(runs, 1)]
+    places = [(job, Position("", *job.run.steps(tmp_path))) for job in jobs]
+    progress.every = 1
+    progress.tick(places)
     clock.now += 60
-    progress.tick([(job, Position("", *job.run.steps(tmp_path))) for job in jobs])
+    progress.tick([*places, (Job("[3/6] n512", planned(512), None), Position(None, 0, 0))])  # waits for a place
     assert capsys.readouterr().out.splitlines() == [
+        "[1/6] n128 started",
+        "[2/6] n256 started again: it was not finished",
         "[1/6] n128 setting up, 0:01:00",
         "[2/6] n256 step 3 of 4, 0:01:00",
     ]
@@ -82,9 +86,9 @@ def test_a_terminal_has_a_bar_for_each_run_and_its_lines_stay(monkeypatch):
         "lib.study.progress.Console", lambda **options: Console(file=screen, force_terminal=True, width=120, **options)
     )
     run = planned(128)
-    progress = Progress([run], everything=1024)
+    progress = Progress([run])
     with progress.bars:
-        job = Job("[1/1] n128", run, None, 0.0)
+        job = Job("[1/1] n128", run, None)
         progress.tick([(job, Position("", 2, 4))])
         progress.bars.refresh()
         progress.say("[1/1] n128 finished in 0:01:00")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,8 +149,19 @@ def test_a_stopped_study_ends_every_run_at_work_and_goes_on_with_them(stub, tmp_
     assert (sorted(outcome.finished), outcome.failed) == (["n128", "n256"], {})
 
 
-def test_ending_a_study_never_touches_the_caller(tmp_path):
-    assert os.getsid(0) not in notebooks.sessions_below(os.getpid())
+def test_only_what_a_dead_study_of_this_folder_left_is_ended(tmp_path):
+    """Three processes with a mark: of a study that was killed, of one that lives, and of another folder's."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    marks = (f"{gone.pid}:a:{tmp_path}", f"{os.getpid()}:b:{tmp_path}", f"{gone.pid}:c:{tmp_path}-2")
+    sleeping = [subprocess.Popen(["sleep", "60"], env={notebooks.MARK: mark}) for mark in marks]
+    try:
+        assert notebooks.sweep(tmp_path) == 1
+        assert [alive(process.pid) for process in sleeping] == [False, True, True]
+    finally:
+        for process in sleeping:
+            process.kill()
+            process.wait()
 
 
 def test_runs_side_by_side_use_two_gpus_evenly(stub, tmp_path):
