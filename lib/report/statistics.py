@@ -69,8 +69,11 @@ def estimate(*arms: np.ndarray) -> Estimate:
     seed_part = max(observed - expected, 0.0)
     variance = problem_part + seed_part
     value = round(float(by_problem.mean()), DIGITS)
-    if variance < 10.0**-DIGITS / problems:  # no two problems differ, so nothing shows how far chance could reach
-        return Estimate(value, value, value, 0.0, np.inf, float(value == 0), np.nan)
+    if variance < 10.0**-DIGITS / problems:
+        # No two problems differ: what occurred in none of n occurs in at most 3.7 / n of all (Clopper and Pearson).
+        reach = round(float(proportion_confint(0, problems, method="beta")[1]), DIGITS)
+        error = reach / float(norm.ppf(1 - LEVEL / 2))
+        return Estimate(value, value - reach, value + reach, error, np.inf, float(value == 0), np.nan)
     freedom_of_seeds = sum(len(arm) - 1 for arm in arms)
     uncertain = problem_part**2 / (problems - 1) + (observed**2 / freedom_of_seeds if spreads else 0.0)
     freedom, error = variance**2 / uncertain, float(np.sqrt(variance))
@@ -93,7 +96,8 @@ def mean_share(cells: np.ndarray) -> Estimate:
     (Dean and Pagano, 2015). With one seed and one sample a problem this is Wilson's interval itself.
     """
     found, (seeds, problems) = estimate(cells), cells.shape
-    size = found.value * (1 - found.value) / found.error**2 if found.error else problems
+    spread = found.value * (1 - found.value)
+    size = spread / found.error**2 if spread else problems
     size, freedom = (size, found.freedom) if seeds > 1 else (max(size, problems), np.inf)
     low, high = wilson(found.value, size, freedom)
     return replace(found, low=low, high=high)

@@ -273,3 +273,11 @@ def test_the_trend_over_n_is_found_with_its_sign_and_not_where_there_is_none():
     nothing = [statistics.trend(runs_over_n(chance, 0.0, 0.1)).p < 0.05 for _ in range(100)]
     assert np.mean(nothing) <= 0.12
     assert statistics.trend(runs_over_n(chance, 0.0, 0.0).assign(correct=0.0)) is None
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_where_nothing_differs_the_number_of_problems_bounds_the_difference(seeds):
+    """0 of 120 right twice is no proof of a difference below 2 points; 0 of 1000 is."""
+    few, many = (paired_difference(np.zeros((seeds, n)), np.zeros((seeds, n))) for n in (120, 1000))
+    assert few.value == many.value == 0 and few.high == pytest.approx(1 - 0.025 ** (1 / 120)) == -few.low
+    assert not few.equivalent and many.equivalent
