@@ -40,14 +40,15 @@ def simulate(pairs: int, ideal: float = IDEAL, seeds: int = SEEDS) -> tuple[floa
         warm_up(pairs)
 
         @ray.remote
-        def sleep_run(_work, run, _board, _bases):
+        def sleep_run(_work, run, _bases):
             began = time.time()
             time.sleep(work[run.name] * scale)
             made = Path(tempfile.mkdtemp())
             (made / run.name).mkdir()
             result = {"status": "finished", "began": began, "ended": time.time()}
             (made / run.name / "summary.json").write_text(json.dumps(result))
-            return None, pack(made, [run.name])
+            yield pack(made, [made / run.name])
+            yield None
 
         cluster.execute_run, cluster.connect, cluster.refuse_nodes = sleep_run, lambda *_: None, lambda *_: None
         machine = cluster.Cluster("local", folder, {}, gpus=2, cpus=1)

@@ -44,7 +44,7 @@ EACH = ["--cpus-per-run", "1"]
 def nodes():
     """A head and another node, each with room for two runs."""
     both = Nodes()
-    add_node(both, "head", 2, _system_config={"worker_niceness": 0})
+    add_node(both, "head", 2, _system_config=cluster.ALONE)
     add_node(both, "second", 2)
     yield both
     both.shutdown()
@@ -86,6 +86,9 @@ def test_runs_of_a_shared_folder_are_made_in_it(stub, tmp_path, nodes):
     outcome = made(stub, folder, *words, "--ray", nodes.address, *EACH)
     assert (sorted(outcome.finished), outcome.failed) == (["n128", "n256", "n512"], {})
     assert (folder / "base-0123/measured_by").read_text() == "n512\n", "the longest run begins"
+    run = folder / "n128"
+    assert (seen(run, "OMP_NUM_THREADS"), seen(run, "CUDA_VISIBLE_DEVICES")) == ("1", ""), "those of its task"
+    assert seen(run, "cwd") == str(PROJECT_ROOT), "the same code at the same place is used where it is"
     names = ["n128", "n256", "n512"]
     expected = {"base-0123", "ray.log", *names, *(f"{name}.ipynb" for name in names)}
     assert {path.name for path in folder.iterdir()} == expected
@@ -95,7 +98,7 @@ def test_runs_of_a_shared_folder_are_made_in_it(stub, tmp_path, nodes):
 def test_without_a_shared_folder_each_run_comes_back_whole(stub, tmp_path, nodes, apart):
     """The base is measured by the first run, reaches the user before that run ends, and then the others."""
     folder = tmp_path / "runs"
-    words = ["--sizes", "128", "256", "512", "-p", "base_after", "0", "-p", "sleep", "20", "-p", "fail_at", "128"]
+    words = ["--sizes", "128", "256", "512", "-p", "base_after", "0", "-p", "sleep", "10", "-p", "fail_at", "128"]
     outcome = made(stub, folder, *words, "--ray", nodes.address, *EACH)
     assert (sorted(outcome.finished), list(outcome.failed)) == (["n256", "n512"], ["n128"])
     assert outcome.failed["n128"].startswith("ValueError: loss is nan with n=128 (on ")
@@ -127,7 +130,7 @@ def test_without_a_shared_folder_each_run_comes_back_whole(stub, tmp_path, nodes
 
 def test_two_studies_on_one_cluster_do_not_mix(stub, tmp_path, nodes):
     both = [tmp_path / "runs", tmp_path / "others"]
-    words = ["--sizes", "128", "256", "--ray", nodes.address, *EACH, "-p", "sleep", "1"]
+    words = ["--sizes", "128", "--ray", nodes.address, *EACH, "-p", "sleep", "1"]
     studies = [
         start_study(stub, "--runs-dir", str(folder), *words, "-p", "epochs", epochs, stdout=subprocess.PIPE, text=True)
         for folder, epochs in zip(both, "57", strict=True)
@@ -135,16 +138,8 @@ def test_two_studies_on_one_cluster_do_not_mix(stub, tmp_path, nodes):
     said = [study.communicate(timeout=120)[0] for study in studies]
     for folder, epochs, text in zip(both, (5, 7), said, strict=True):
         assert "finished in" in text
-        for name in ("n128", "n256"):
-            assert json.loads((folder / name / "config.json").read_text())["parameters"]["epochs"] == epochs
-            assert visits(folder / name) == 1
-
-
-def test_a_run_has_the_cores_of_its_task_and_no_other_gpu(stub, tmp_path, nodes):
-    made(stub, tmp_path / "runs", "--sizes", "128", "--ray", nodes.address, "--cpus-per-run", "2")
-    run = tmp_path / "runs/n128"
-    assert (seen(run, "OMP_NUM_THREADS"), seen(run, "CUDA_VISIBLE_DEVICES")) == ("2", "")
-    assert seen(run, "cwd") == str(PROJECT_ROOT), "the same code at the same place is used where it is"
+        assert json.loads((folder / "n128/config.json").read_text())["parameters"]["epochs"] == epochs
+        assert visits(folder / "n128") == 1
 
 
 def test_other_code_on_the_nodes_is_not_used(stub, tmp_path, nodes, monkeypatch):
@@ -170,15 +165,16 @@ def test_other_code_on_the_nodes_is_not_used(stub, tmp_path, nodes, monkeypatch)
 def test_points_of_a_tuning_are_tasks(stub, tmp_path, nodes, stub_tuning, monkeypatch, where):
     if where == "apart":
         monkeypatch.setattr(cluster, "MARKER", ".nobody-looks-here")
+    monkeypatch.setitem(GRIDS["mini"], "learning_rates", [0.001, 0.002])
+    monkeypatch.setitem(GRIDS["mini"], "batch_sizes", [8])
     folder = tmp_path / "runs"
     outcome = made(stub, folder, "--tune", "--sizes", "128", "--ray", nodes.address, *EACH)
     assert outcome.finished == ["n128"]
     assert json.loads((folder / "n128/config.json").read_text())["parameters"]["learning_rate"] == 0.002
     rows = read_lines(folder / "tuning/tuning.jsonl")
-    grid = {(rate, size) for rate in GRIDS["mini"]["learning_rates"] for size in GRIDS["mini"]["batch_sizes"]}
-    assert {(row["learning_rate"], row["batch_size"]) for row in rows} == grid and len(rows) == 6
-    assert len({row["by"] for row in rows}) == 6, "each in a process of its own"
-    assert len(list((folder / "tuning/records").iterdir())) == 6
+    assert sorted((row["learning_rate"], row["batch_size"]) for row in rows) == [(0.001, 8), (0.002, 8)]
+    assert len({row["by"] for row in rows}) == 2, "each in a process of its own"
+    assert len(list((folder / "tuning/records").iterdir())) == 2
     assert sorted(path.name for path in folder.glob("tuning*")) == ["tuning", "tuning.ipynb"]
 
 
@@ -342,7 +338,7 @@ def is_kernel(process: psutil.Process) -> bool:
     return False
 
 
-def wait_until(there, seconds: float = 60) -> None:
+def wait_until(there, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < deadline
