@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from lib.files import PROJECT_ROOT, UserError, append_lines, read_json, read_lines, shorten_path, write_json
+from lib.files import PROJECT_ROOT, append_lines, read_json, read_lines, shorten_path, write_json
 from lib.report.statistics import holm, paired_difference
-from lib.study.plan import PlannedRun, compare
+from lib.study.plan import PlannedRun, refuse_other_settings
 
 TUNE_NOTEBOOK = PROJECT_ROOT / "notebooks/tune.ipynb"
 # What is tried where the notebook leaves it open: the best point should lie inside, not at the edge.
@@ -78,13 +78,7 @@ def read_choice(folder: Path, settings: dict) -> dict:
     path = folder / "choice.json"
     found = read_json(path)
     made = {name: value for name, value in found.get("settings", {}).items() if name not in OF_ITS_OWN}
-    if not made or not all(name in found for name in CHOSEN):
-        raise UserError(f"{shorten_path(path)}: does not say for which settings it was made; delete it to tune again")
-    if changed := compare(made, settings):
-        raise UserError(
-            f"{shorten_path(path)}: chosen for other settings ({'; '.join(changed)}); ask for the same, choose "
-            f"another --runs-dir, or delete {shorten_path(folder)}"
-        )
+    refuse_other_settings(made, settings, f"{shorten_path(path)}: chosen for")
     return found
 
 

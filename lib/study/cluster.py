@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ray
 from ray import exceptions
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lib.files import PROJECT_ROOT, UserError, absolute, shorten_path
@@ -202,13 +203,16 @@ def check_head(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         raise UserError(f"--ray {address}: must be HOST:PORT of the cluster's head, 'auto', or nothing")
+    # As `ray start` and `ray.init` do: a cluster that was started where there is a token wants it (~/.ray/auth_token).
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        healthy = subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        why = f": {one_line(asked.stderr.strip().splitlines()[-1])}" if asked.returncode else None
     except subprocess.TimeoutExpired:
-        healthy = False
-    if not healthy:
-        raise UserError(f"--ray {address}: no head of a Ray cluster answers there (`ray start --head` starts one)")
+        why = ""
+    if why is not None:
+        raise UserError(f"--ray {address}: no head of a Ray cluster answers there (`ray start --head` starts one){why}")
 
 
 def copy_project(place: Path, settings: dict) -> None:

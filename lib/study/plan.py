@@ -133,6 +133,13 @@ def compare(made: dict, asked: dict) -> list[str]:
     return changed_settings({k: asked[k] if k in FOLDERS and same(k) else v for k, v in made.items()}, asked)
 
 
+def refuse_other_settings(made: dict | None, asked: dict, what: str) -> None:
+    """UserError, which begins with `what`, where something was `made` with other settings than are `asked` for."""
+    if changed := compare(made, asked) if made else ["it does not say which"]:
+        hint = "ask for the same, choose another folder for this study, or delete what is there"
+        raise UserError(f"{what} other settings ({'; '.join(changed)}); {hint}")
+
+
 def differences(run: PlannedRun, folder: Path, settings: dict) -> list[str]:
     """In words, the settings of the finished run in `folder` that differ from these and the run's own."""
     own = ("n", "filtered", "seed", "epochs")
