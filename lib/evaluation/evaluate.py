@@ -2,13 +2,12 @@
 
 import math
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 
 from lib.data import Problem, Template
-from lib.evaluation.engine import Engine, answer
+from lib.evaluation.engine import Engine, generate
 from lib.evaluation.replica import Generation, Sampling
 from lib.evaluation.verdicts import FAILED, VERDICTS
 from lib.grading import Grade, grade_in_detail
@@ -45,7 +44,8 @@ def evaluate(
     if engine.device == "cpu" and len(samplings) > 1:  # draws of one decoding don't depend on the other
         return {n: evaluate(engine, problems, prompts, {n: s}, seed)[n] for n, s in samplings.items()}
     started = time.perf_counter()
-    answers = answer(engine, [(prompt, s) for s in samplings.values() for prompt in prompts], seed=seed)
+    each = [sampling for sampling in samplings.values() for _ in prompts]
+    answers = generate(engine, prompts * len(samplings), each, seed=seed)
     seconds = time.perf_counter() - started
     all_tokens = sum(len(g.token_ids) for generations in answers for g in generations)
     evaluations = {}
@@ -122,7 +122,6 @@ def summarize(records: list[dict]) -> dict:
     return summary | {
         "by_level": _counts_by(records, "level"),
         "by_subject": _counts_by(records, "subject"),
-        "by_subject_and_level": _counts_by(records, "subject", "level"),
     }
 
 
@@ -146,14 +145,13 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _counts_by(records: list[dict], *keys: str) -> dict[str, dict[str, int]]:
-    """Counts of responses by the values of `keys`; those that lack one are left out."""
-    groups = defaultdict(list)
-    for record in records:
-        if None not in (values := [record[key] for key in keys]):
-            groups["|".join(values)].append(record)
-    sums = {name: {k: sum(r[k] for r in group) for k in ("correct", "format")} for name, group in groups.items()}
-    return {name: {"n": len(groups[name])} | sums[name] for name in sorted(groups)}
+def _counts_by(records: list[dict], key: str) -> dict[str, dict[str, int]]:
+    """Counts of responses by the values of `key`, without those that have none."""
+    counts = {}
+    for value in sorted({record[key] for record in records} - {None}):
+        group = [record for record in records if record[key] == value]
+        counts[value] = {"n": len(group)} | {k: sum(record[k] for record in group) for k in ("correct", "format")}
+    return counts
 
 
 def log_generations(
