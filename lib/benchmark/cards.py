@@ -60,14 +60,14 @@ def card_row(settings: Settings, gigabytes: int) -> dict:
     """A run on a card of that size: how it saved memory, tokens/s, peaks, accuracy at the end; or what fails first."""
     memory.limit = gigabytes * 10**9
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(make_config(settings, folder))
+        run = prepare(make_config(settings, folder), start_workers=True)
         try:
             with _used_memory(settings.device) as used:
                 train(run, gigabytes)
             line, metrics = final_evaluation(run), run.tracker.metrics[SPEED_FROM:] or run.tracker.metrics
             finish(run)
         except Exception as error:
-            raise RuntimeError(f"{first_failure(error)} ({run.savings}): {error}") from error
+            raise RuntimeError(f"{first_failure(error)}: {error}") from error
     tokens, seconds = (sum(m[key] for m in metrics) for key in ("tokens", "seconds"))
     peak = torch.cuda.max_memory_allocated() / 1e9 if settings.device != "cpu" else None
     return {
