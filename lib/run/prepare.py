@@ -104,8 +104,9 @@ def _plan_savings(config: RunConfig, context: int) -> Savings:
     if config.train_device != config.eval_device:
         return replace(plan_savings(total, shape, **asked), reserved=0)
     share, size = config.gpu_memory_utilization, DTYPES[config.precision].itemsize
-    beside = share * total if share else engine_bytes(shape, size, context, ENOUGH_AT_ONCE) / SPARE
-    return plan_savings(total, shape, **asked, engine=int(beside), may_sleep=not config.eval_beside_training)
+    one = engine_bytes(shape, size, context, ENOUGH_AT_ONCE) / SPARE
+    beside = int(share * total if share else one * (config.engines or 1))
+    return plan_savings(total, shape, **asked, engine=beside, may_sleep=not config.eval_beside_training)
 
 
 def longest_evaluation(run: Run) -> int:

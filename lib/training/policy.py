@@ -59,8 +59,9 @@ def load_policy(
 def _recompute_layers(policy: nn.Module, model: str) -> None:
     if not policy.supports_gradient_checkpointing:
         raise UserError(f"recompute=True: the architecture of model={model!r} does not offer it")
-    # There is no dropout: no random numbers to draw a second time.
-    policy.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    # No dropout: no random numbers to draw again. A compiled layer runs as a whole: nothing to stop early for.
+    how = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": False}
+    policy.gradient_checkpointing_enable(how)
     for layer in policy.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = True  # transformers asks the layer itself, and no dropout inside it sees this
