@@ -238,6 +238,7 @@ def test_a_run_on_a_small_card_ends_with_proven_weights(tmp_path, parameters, mo
         assert losses[-1] < losses[0]
     finally:
         finish(run)
+        torch.cuda.set_per_process_memory_fraction(1.0, "cuda:0")
     torch.cuda.empty_cache()
 
 
