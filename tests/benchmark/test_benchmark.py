@@ -206,7 +206,7 @@ def test_neighbours_share_an_engine_and_a_failed_start_is_tried_again(tmp_path, 
 
     monkeypatch.setattr(evaluation, "started", start)
     monkeypatch.setattr(evaluation, "lengths_row", row)
-    evaluation.measure_engine(settings, {"replicas": []}, rows.LENGTHS[:3], [[1]], [])
+    evaluation.measure_engine(settings, {"replicas": []}, rows.LENGTHS[1:4], [[1]], [])
     found = rows.read_rows(tmp_path)
     assert [row.get("engine") for row in found] == [None, "engine 2", "engine 2"] and len(starts) == 2
     assert found[0]["error"] == "EngineError: no memory"
