@@ -1,4 +1,8 @@
-"""Measures one part, on the first visible GPU or on the CPU: python -m lib.benchmark SETTINGS (`rows`, as JSON)."""
+"""Measures one part, on the first visible GPU or on the CPU: python -m lib.benchmark SETTINGS.
+
+SETTINGS is JSON with the fields of `rows.Settings`: {"part": "ours", "model": ..., "data_dir": ..., "out": ...}. Rows
+are written as they come, so that `timeout` may end it.
+"""
 
 import json
 import sys

@@ -35,22 +35,23 @@ SPEED_FROM = 5  # steps before this one may compile
 
 
 def measure_memory(settings: Settings) -> None:
-    """Each card in a process of its own, side by side if there are several GPUs."""
-    if settings.card:
-        size, seed = rows.MEMORY[settings.card]
-        attempt(settings, settings.card, partial(card_row, replace(settings, seed=seed), size))
+    """Each card in a process of its own, side by side if there are several GPUs; one card alone in this process."""
+    if len(settings.variants) == 1:
+        (card,) = settings.variants
+        size, seed = rows.MEMORY[card]
+        attempt(settings, card, partial(card_row, replace(settings, seed=seed), size))
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus: queue.Queue[str] = queue.Queue()
     for gpu in visible.split(","):
         gpus.put(gpu)
     with ThreadPoolExecutor(gpus.qsize()) as threads:
-        list(threads.map(partial(_measure_apart, settings, gpus), rows.MEMORY))
+        list(threads.map(partial(_measure_apart, settings, gpus), settings.variants))
 
 
 def _measure_apart(settings: Settings, gpus: queue.Queue, card: str) -> None:
     gpu = gpus.get()
-    told = json.dumps(asdict(replace(settings, card=card)))
+    told = json.dumps(asdict(replace(settings, variants=[card])))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     subprocess.run([sys.executable, "-u", "-m", "lib.benchmark", told], cwd=PROJECT_ROOT, env=environment)
     gpus.put(gpu)
