@@ -168,30 +168,21 @@ def changed_settings(made: Mapping, asked: Mapping) -> list[str]:
     ]
 
 
-# The one place where a profile matters: what `None` in the parameters cell stands for.
+# The one place where a profile matters: what `None` in the parameters cell stands for, with "math" and with "mini".
+_PROFILE_VALUES = [
+    ("model", "Qwen/Qwen2.5-Math-1.5B", str(PROJECT_ROOT / "lib/mini/model")),
+    ("data_dir", str(MATH_DATA_DIR), str(PROJECT_ROOT / "lib/mini/data")),
+    ("learning_rate", 4e-5, 1e-3),
+    ("batch_size", 64, 8),
+    ("microbatch_tokens", 16384, 4096),
+    ("epochs", 5, 3),
+    ("max_length", 2048, 512),
+    ("n_val", 1000, 250),
+    ("max_new_tokens", 1024, 128),
+]
 PROFILES = {
-    "math": {
-        "model": "Qwen/Qwen2.5-Math-1.5B",
-        "data_dir": str(MATH_DATA_DIR),
-        "learning_rate": 4e-5,
-        "batch_size": 64,
-        "microbatch_tokens": 16384,
-        "epochs": 5,
-        "max_length": 2048,
-        "n_val": 1000,
-        "max_new_tokens": 1024,
-    },
-    "mini": {
-        "model": str(PROJECT_ROOT / "lib/mini/model"),
-        "data_dir": str(PROJECT_ROOT / "lib/mini/data"),
-        "learning_rate": 1e-3,
-        "batch_size": 8,
-        "microbatch_tokens": 4096,
-        "epochs": 3,
-        "max_length": 512,
-        "n_val": 250,
-        "max_new_tokens": 128,
-    },
+    "math": {name: value for name, value, _ in _PROFILE_VALUES},
+    "mini": {name: value for name, _, value in _PROFILE_VALUES},
 }
 
 
