@@ -109,7 +109,7 @@ def test_each_card_has_a_process_and_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(cards.subprocess, "run", lambda command, env, **_: told.append((json.loads(command[-1]), env)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     cards.measure_memory(rows.Settings("memory", "a model", "data", str(tmp_path / "memory.jsonl")))
-    assert {settings["card"] for settings, _ in told} == set(rows.MEMORY) and len(told) == len(rows.MEMORY)
+    assert {settings["variants"][0] for settings, _ in told} == set(rows.MEMORY) and len(told) == len(rows.MEMORY)
     assert {environment["CUDA_VISIBLE_DEVICES"] for _, environment in told} <= {"3", "5"}
 
 
