@@ -87,7 +87,7 @@ def test_a_step_is_timed_over_its_own_tokens_after_the_warm_up(data_dir, tiny_mo
 def test_a_card_s_row_is_a_run_of_its_own(data_dir, tiny_model, tmp_path, monkeypatch):
     """Without an engine: what it would answer is made up. The limit is set before the run is planned."""
     settings = settings_of(data_dir, tiny_model, tmp_path, "memory")
-    settings = replace(settings, variants=["24 GB"], memory_steps=3, memory_problems=8)
+    settings = replace(settings, variants=["24 GB"], memory_steps=3, memory_problems=8, max_new_tokens=64)
     monkeypatch.setattr(life_cycle, "start_engine", lambda run, log_file: None)
     monkeypatch.setattr(life_cycle, "wait_until_ready", lambda engine: None)
     monkeypatch.setattr(cards, "evaluate_policy", lambda run, position: None)
