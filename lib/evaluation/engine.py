@@ -209,8 +209,9 @@ def in_background(call: Callable) -> Future:
 
 def rest(engine: Engine) -> None:
     """Have an engine with the option `enable_sleep_mode` give its memory back until it gets new weights."""
-    engine.ask_all("ask", "sleep", 2)
-    engine.asleep = True
+    if not engine.asleep:
+        engine.ask_all("ask", "sleep", 2)
+        engine.asleep = True
 
 
 def shutdown(engine: Engine) -> None:

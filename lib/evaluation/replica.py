@@ -124,8 +124,11 @@ class Replica:
         return EngineError(f"the engine's process {self.process.pid} ended {how}{reason} (its log: {log})")
 
 
-def start_replicas(device: str, train_device: str = "", engines: int | None = None) -> list[Replica]:
-    """Start the processes of `engines` (None: three on a GPU of its own, if there are cores, else one); none on CPU."""
+def start_replicas(device: str, train_device: str = "", engines: int | None = None, **variables: str) -> list[Replica]:
+    """Start the processes of `engines` (None: three on a GPU of its own, if there are cores, else one); none on CPU.
+
+    `variables`: of their environment, before those that the project sets.
+    """
     if device == "cpu":
         return []
     cores = sorted(os.sched_getaffinity(0))
@@ -133,10 +136,10 @@ def start_replicas(device: str, train_device: str = "", engines: int | None = No
     count = engines or (1 if device == train_device else max(1, min(MOST_REPLICAS, fitting)))
     share = len(cores) // (count + 1)
     parts = [cores[share * (i + 1) : share * (i + 2)] if count <= fitting else cores for i in range(count)]
-    return [start_process(device, part) for part in parts]
+    return [start_process(device, part, **variables) for part in parts]
 
 
-def start_process(device: str, cores: list[int]) -> Replica:
+def start_process(device: str, cores: list[int], **variables: str) -> Replica:
     """Start one engine's process. It ends with the calling thread, which must live as long as the engine."""
     ours, theirs = Pipe()
     output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (open as long as the process may print)
@@ -148,7 +151,7 @@ def start_process(device: str, cores: list[int]) -> Replica:
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
-        env=os.environ | _environment(device) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=os.environ | _environment(device) | variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
         start_new_session=True,  # an interrupt of the notebook is not one of the engine
     )
     theirs.close()
@@ -177,7 +180,8 @@ def _environment(device: str) -> dict[str, str]:
     }
     if device == "cpu":
         return variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    if "microsoft" in platform.release().lower():  # WSL2, where the newer model runner finds no pinned memory
+    if "microsoft" in platform.release().lower():
+        # WSL2, where the newer model runner finds no pinned memory: reported to vLLM, and not tried by this project.
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     # Steps with prompts in them become CUDA graphs, too (`engine._gpu_settings`), uncompiled: 53 s instead of 68 for
     # 5000 answers of a 1.5 B model on an H100, 27 instead of 32 with three engines, and no later start.

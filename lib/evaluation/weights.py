@@ -30,9 +30,9 @@ def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> f
     """
     wait_until_ready(engine)
     started = time.perf_counter()
-    if engine.asleep:
-        engine.ask_all("ask", "wake_up")
-        engine.asleep = False
+    if engine.asleep:  # its cache comes after the weights: the copies that are sent to it take memory as well
+        torch.cuda.empty_cache()  # what training held
+        engine.ask_all("ask", "wake_up", ["weights"])
     if engine.device == "cpu":
         from safetensors.torch import save
 
@@ -40,6 +40,11 @@ def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> f
     else:
         with captured(engine.log_file):
             _watched(engine, lambda: _send_to_gpu(policy, engine))
+    if engine.asleep:
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+        engine.ask_all("ask", "wake_up", ["kv_cache"])
+        engine.asleep = False
     if not all(engine.ask_all("ask", "reset_prefix_cache")):
         raise EngineError("vLLM did not reset its prefix cache: requests were still running")
     return time.perf_counter() - started
