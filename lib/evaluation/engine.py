@@ -170,23 +170,23 @@ def _gpu_settings(engine: Engine, shape: Shape, max_model_len: int, share: float
 
 
 def generate(
-    engine: Engine,
-    prompts: list[list[int]],
-    sampling: Sampling | list[Sampling],
-    *,
-    seed: int = 0,
-    log_probs: bool = False,
+    engine: Engine, prompts: list[list[int]], sampling: Sampling, *, seed: int = 0, log_probs: bool = False
 ) -> list[list[Generation]]:
-    """For each prompt (token ids) its responses, which end with `</answer>` where they say it.
+    """For each prompt (token ids) its `sampling.samples` responses, which end with `</answer>` where they say it.
 
-    `sampling` is one for all prompts, or one for each. The same weights, prompts and `seed` give the same responses, on
-    a GPU to within the rounding of its kernels.
+    The same weights, prompts and `seed` give the same responses, on a GPU to within the rounding of its kernels.
     """
+    return answer(engine, [(prompt, sampling) for prompt in prompts], seed=seed, log_probs=log_probs)
+
+
+def answer(
+    engine: Engine, requests: list[tuple[list[int], Sampling]], *, seed: int = 0, log_probs: bool = False
+) -> list[list[Generation]]:
+    """As `generate`, with a sampling for each prompt. The replicas get them in turn."""
     wait_until_ready(engine)
-    first_seed, count, merged = random.Random(seed).getrandbits(60), len(engine.replicas), [None] * len(prompts)
-    samplings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
-    requests = zip(prompts, samplings, strict=True)
+    first_seed = random.Random(seed).getrandbits(60)
     seeded = [(*request, first_seed + (i << 20)) for i, request in enumerate(requests)]  # samples count upwards from it
+    count, merged = len(engine.replicas), [None] * len(requests)
     parts = [(seeded[first::count], seed, log_probs) for first in range(count)]
     for first, part in enumerate(engine.ask_each("generate", parts)):
         merged[first::count] = part

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lib.data import Problem, Template
-from lib.evaluation.engine import Engine, generate
+from lib.evaluation.engine import Engine, answer
 from lib.evaluation.replica import Generation, Sampling
 from lib.evaluation.verdicts import FAILED, VERDICTS
 from lib.grading import Grade, grade_in_detail
@@ -44,8 +44,7 @@ def evaluate(
     if engine.device == "cpu" and len(samplings) > 1:  # draws of one decoding don't depend on the other
         return {n: evaluate(engine, problems, prompts, {n: s}, seed)[n] for n, s in samplings.items()}
     started = time.perf_counter()
-    each = [sampling for sampling in samplings.values() for _ in prompts]
-    answers = generate(engine, prompts * len(samplings), each, seed=seed)
+    answers = answer(engine, [(prompt, s) for s in samplings.values() for prompt in prompts], seed=seed)
     seconds = time.perf_counter() - started
     all_tokens = sum(len(g.token_ids) for generations in answers for g in generations)
     evaluations = {}
