@@ -66,7 +66,7 @@ def simulate(pairs: int, ideal: float = IDEAL, seeds: int = SEEDS) -> tuple[floa
 def warm_up(pairs: int, place: Path) -> None:
     """Have Ray start a worker process for each pair: none goes on before all are there."""
 
-    @ray.remote(num_gpus=2, num_cpus=1)
+    @ray.remote  # with GPUs here, a worker would end with its first task; with them as options it stays, as a study's
     def wait(number):
         import lib.study.node  # noqa: F401  what a task imports
 
@@ -74,7 +74,7 @@ def warm_up(pairs: int, place: Path) -> None:
         while len(list(place.glob("worker-*"))) < pairs:
             time.sleep(0.5)
 
-    ray.get([wait.remote(number) for number in range(pairs)])
+    ray.get([wait.options(num_gpus=2, num_cpus=1).remote(number) for number in range(pairs)])
 
 
 if __name__ == "__main__":
