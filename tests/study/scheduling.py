@@ -17,9 +17,9 @@ scheduling of the same list gives by arithmetic:
 | 16 | 60.0 | 63.5 | 1.06 | 1.05 |
 | 64 | 60.0 | 76.3 | 1.27 | 1.26 |
 
-So Ray itself adds a second to a minute or, on one pair, 17 ms to a run. The rest is the order: seed by seed, the longest
-run of each first, so that whole seeds are there early. Longest of all first would give 1.09 on 64 pairs. The one core
-limits the start of 64 worker processes (3 s of it each, two minutes in all), which is not counted.
+So Ray itself adds 0.4 to 1.5 s to a minute. The rest is the order: seed by seed, the longest run of each first, so that
+whole seeds are there early. Longest of all first would give 1.09 on 64 pairs. The one core limits the start of worker
+processes (3 s of it each), which is not counted.
 """
 
 import contextlib
