@@ -137,7 +137,7 @@ OWN = ["--map", "problem=frage", "trace=weg", "answer=zahl"]
 
 @pytest.mark.parametrize(
     ("preset", "make", "options"),
-    [("gsm8k", gsm8k, []), ("math", lighteval, []), ("math", nlile, []), ("garg", garg, []), ("files", own, OWN)],
+    [("gsm8k", gsm8k, []), ("math", lighteval, []), ("garg", garg, []), ("files", own, OWN)],
 )
 def test_a_preset_from_its_file_to_a_finished_run_by_two_commands(preset, make, options, tmp_path, tiny_model):
     training, made = write(tmp_path / "a.jsonl", [make(number) for number in range(60)]), tmp_path / "made"
@@ -153,8 +153,8 @@ def test_a_preset_from_its_file_to_a_finished_run_by_two_commands(preset, make, 
         assert done.returncode == 0, done.stderr[-3000:]
     run_dir = tmp_path / "n16"
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
-    last, problems = read(run_dir / "evaluations.jsonl")[-1], read(made / "validation.jsonl")
-    assert last["train_step"] == 2 and last["n"] == len(problems) == 6
+    last = [line for line in read(run_dir / "evaluations.jsonl") if line["split"] == "full"][-1]
+    assert last["train_step"] == 2 and last["n"] == len(read(made / "validation.jsonl")) == 6
     assert [bool(last[f"by_{name}"]) for name in ("level", "subject")] == [preset == "math"] * 2
 
 
