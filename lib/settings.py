@@ -92,6 +92,12 @@ class RunConfig(BaseModel):
     gradient_clip: Positive = parameter(1.0, "largest norm of the gradient")
     max_length: Count = parameter(None, "tokens of prompt and response; longer examples are an error")
     precision: Literal["bf16", "fp32"] = parameter("bf16", '"bf16": autocast over fp32 weights; "fp32": nothing else')
+    optimizer: Literal["adamw", "adamw8bit"] | None = parameter(
+        None, '"adamw", or "adamw8bit" with moments of 8 bits; None: as the card\'s memory allows'
+    )
+    recompute: bool | None = parameter(
+        None, "compute activations again for the gradient; None: where the card can't hold them"
+    )
 
     eval_split: Literal["validation", "tuning"] = parameter(
         "validation", '"validation", or "tuning": problems of train.jsonl that no trace is about'
@@ -154,7 +160,15 @@ PARAMETERS = tuple(RunConfig.model_fields)
 # Where and how a run is made, not what it is: its numbers do not depend on these.
 INCIDENTAL = {
     *("runs_dir", "run_name", "overwrite", "resume", "checkpoint_interval", "keep_checkpoint", "keep_model"),
-    *("microbatch_tokens", "trust_remote_code", "log_generations", "verify_sync", "wandb_mode", "wandb_project"),
+    *(
+        "microbatch_tokens",
+        "recompute",
+        "trust_remote_code",
+        "log_generations",
+        "verify_sync",
+        "wandb_mode",
+        "wandb_project",
+    ),
     *("train_device", "eval_device", "gpu_memory_utilization", "engines", "engine_timeout", "eval_beside_training"),
 }
 
