@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -35,24 +34,17 @@ def questions(settings: Settings) -> tuple[list[list[int]], list[Problem]]:
 
 
 @contextlib.contextmanager
-def load(row: dict, device: str, engine: list[psutil.Process]):
-    """Add to `row` what was busy during a block: the GPU (share of the time in which a kernel ran on it, as nvidia-smi
-    samples it) and, in cores, this process and the engine's."""
-    children = [child for process in engine for child in process.children(recursive=True)]
-    processes = {"own_cores": [psutil.Process()], "engine_cores": engine + children}
-
-    def spent() -> dict[str, float]:
-        return {name: sum(sum(p.cpu_times()[:2]) for p in group) for name, group in processes.items()}
-
+def timed(row: dict, device: str):
+    """Add the seconds of a block to `row`, and how busy the GPU was: the share of the time in which a kernel ran on it,
+    as nvidia-smi samples it."""
     query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
     gpu = ["--id=" + os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]]
     sampler = None if device == "cpu" else subprocess.Popen(query + gpu, stdout=subprocess.PIPE, text=True)
-    before, begin = spent(), time.perf_counter()
+    begin = time.perf_counter()
     try:
         yield
     finally:
         row["seconds"] = time.perf_counter() - begin
-        row |= {name: (value - before[name]) / row["seconds"] for name, value in spent().items()}
         if sampler is not None:
             sampler.terminate()
             if samples := sampler.communicate()[0].split():
@@ -84,7 +76,7 @@ def vllm_row(settings: Settings, prompts: list[list[int]]) -> dict:
     requests, row = [{"prompt_token_ids": ids} for ids in prompts], {"problems": len(prompts)}
     calls = [("generate", requests[first::count], fixed) for first in range(count)]
     longest = max(map(len, prompts)) + length
-    with started(settings, longest, engines=count) as (engine, seconds), load(row, settings.device, engine.processes):
+    with started(settings, longest, engines=count) as (engine, seconds), timed(row, settings.device):
         parts = engine.ask_each("ask", calls)
     assert all(len(output.outputs[0].token_ids) == length for part in parts for output in part)
     return row | {"start_seconds": seconds, "problems_per_second": len(prompts) / row["seconds"]}
@@ -105,7 +97,7 @@ def generate_row(settings: Settings, prompts: list[list[int]]) -> dict:
         assert ids.shape[1] == inputs["input_ids"].shape[1] + tokens
 
     respond(4)
-    with load(row, settings.device, []):
+    with timed(row, settings.device):
         respond(settings.new_tokens)
     return row | {"problems_per_second": len(prompts) / row["seconds"]}
 
@@ -166,7 +158,7 @@ def lengths_row(
     if "profiled" in variant:
         engine.ask_all("ask", "apply_model", profile.install)
     generations = []
-    with load(row, settings.device, engine.processes):
+    with timed(row, settings.device):
         for samplings in calls[variant.split(": ")[1]]:
             requests = [(prompt, sampling) for sampling in samplings for prompt in prompts]
             generations += [generation for (generation,) in answer(engine, requests, seed=settings.seed)]

@@ -1,12 +1,9 @@
 """Each part in a process of its own, with a limit of time."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from lib.benchmark.rows import VARIANTS
@@ -32,15 +29,11 @@ def run_part(part: str, folder: Path, settings: dict, limit: float) -> float:
     command = [sys.executable, "-u", "-m", "lib.benchmark", told]
     with open(log, "w", encoding="utf-8") as printed:
         streams = {"stdin": subprocess.DEVNULL, "stdout": printed, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=PROJECT_ROOT, start_new_session=True, **streams)
-        try:
-            reason = f"its process ended with status {process.wait(limit)} (see {log.name})"
+        try:  # engines and graders end with the process that started them
+            status = subprocess.run(command, cwd=PROJECT_ROOT, timeout=limit, **streams).returncode
+            reason = f"its process ended with status {status} (see {log.name})"
         except subprocess.TimeoutExpired:
             reason = f"not measured within {limit:g} s"
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its group: engines and workers too
-            process.wait()
     done = {row["variant"] for row in read_lines(out)[before:]}
     missing = [variant for variant in settings["variants"] if variant not in done]
     append_lines(out, [{"part": part, "variant": variant, "error": reason} for variant in missing])

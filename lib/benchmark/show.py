@@ -14,8 +14,6 @@ COLUMNS = {
     "seconds": ("seconds", ",.2f"),
     "problems_per_second": ("problems/s", ",.1f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
-    "lowest": ("slowest step", ",.0f"),
-    "highest": ("fastest step", ",.0f"),
     "utilisation": ("utilisation", ".1%"),
     "peak_gb": ("peak GB", ",.1f"),
     "card_gb": ("whole card, peak GB", ",.1f"),
@@ -27,8 +25,6 @@ COLUMNS = {
     "accuracy": ("accuracy", ".1%"),
     "greedy_accuracy": ("accuracy, greedy", ".1%"),
     "gpu_busy": ("GPU busy", ".1%"),
-    "own_cores": ("own cores busy", ",.1f"),
-    "engine_cores": ("engine's cores busy", ",.1f"),
     "graded_per_second": ("graded/s", ",.0f"),
     "start_seconds": ("engine start, s", ",.1f"),
 }

@@ -150,7 +150,7 @@ def test_the_log_says_why_a_process_ended(tmp_path):
     theirs.close()
     replica = replicas.Replica(ours, child, output)
     replica.log_file = tmp_path / "engine.log"  # which it did not live to hear of
-    why = rf"ended with status 3: torch\.OutOfMemoryError: CUDA out of memory \(its log: {replica.log_file}\)"
+    why = r"ended with status 3: torch\.OutOfMemoryError: CUDA out of memory \(its log: .*engine\.log\)"
     for _ in range(2):
         with pytest.raises(EngineError, match=why):
             replica.result()
