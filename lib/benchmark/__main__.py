@@ -1,16 +1,20 @@
-"""Measures one part, on the first visible GPU or on the CPU: python -m lib.benchmark SETTINGS (`rows`, as JSON)."""
+"""Measures one part, on the first visible GPU or on the CPU: python -m lib.benchmark SETTINGS.
+
+SETTINGS is JSON with the fields of `rows.Settings`: {"part": "ours", "model": ..., "data_dir": ..., "out": ...}. Rows
+are written as they come, so that `timeout` may end it.
+"""
 
 import json
 import sys
 
 import torch
 
-from lib.benchmark import evaluation, training
+from lib.benchmark import cards, evaluation, training
 from lib.benchmark.rows import Settings
 
 MEASURES = {
     "ours": training.measure_ours,
-    "memory": training.measure_ours,
+    "memory": cards.measure_memory,
     "trl": training.measure_trl,
     "evaluation": evaluation.measure_fixed_lengths,
     "lengths": evaluation.measure_real_lengths,

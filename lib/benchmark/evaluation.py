@@ -1,53 +1,50 @@
 """How fast answers come: at fixed lengths beside `generate`, and at the lengths of real responses."""
 
 import contextlib
+import functools
+import itertools
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
 from lib.benchmark import profile, rows
 from lib.benchmark.rows import Settings, attempt
 from lib.data import Problem, load_examples, load_problems, stratified_subset
-from lib.evaluation.engine import init_vllm, shutdown
-from lib.evaluation.evaluate import encode_prompts, evaluate
-from lib.evaluation.replica import Sampling
+from lib.evaluation.engine import answer, init_vllm, shutdown
+from lib.evaluation.evaluate import encode_prompts
+from lib.evaluation.replica import Sampling, start_replicas
+from lib.files import UserError
+from lib.grading import grade_in_detail
 from lib.training import policy
 
 
 def questions(settings: Settings) -> tuple[list[list[int]], list[Problem]]:
     _, template = load_examples(Path(settings.data_dir))
     problems = load_problems(Path(settings.data_dir, "validation.jsonl"))
-    chosen = stratified_subset(problems, settings.eval_problems, settings.seed)
+    chosen = stratified_subset(problems, min(settings.eval_problems, len(problems)), settings.seed)
     return encode_prompts(chosen, template, policy.load_tokenizer(settings.model)), chosen
 
 
 @contextlib.contextmanager
-def load(row: dict, device: str, engine: Iterable[psutil.Process]):
-    """Add to `row` what was busy during a block: the GPU (share of the time in which a kernel ran on it, as nvidia-smi
-    samples it) and, in cores, this process and the engine's."""
-    processes = {"own_cores": [psutil.Process()], "engine_cores": engine}
-
-    def spent() -> dict[str, float]:
-        return {name: sum(sum(p.cpu_times()[:2]) for p in group) for name, group in processes.items()}
-
+def timed(row: dict, device: str):
+    """Add the seconds of a block to `row`, and how busy the GPU was: the share of the time in which a kernel ran on it,
+    as nvidia-smi samples it."""
     query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
     gpu = ["--id=" + os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]]
     sampler = None if device == "cpu" else subprocess.Popen(query + gpu, stdout=subprocess.PIPE, text=True)
-    before, begin = spent(), time.perf_counter()
+    begin = time.perf_counter()
     try:
         yield
     finally:
         row["seconds"] = time.perf_counter() - begin
-        row |= {name: (value - before[name]) / row["seconds"] for name, value in spent().items()}
         if sampler is not None:
             sampler.terminate()
             if samples := sampler.communicate()[0].split():
@@ -56,11 +53,12 @@ def load(row: dict, device: str, engine: Iterable[psutil.Process]):
 
 @contextlib.contextmanager
 def started(settings: Settings, longest: int, **options):
-    """An engine for the model, which ends with the block, and the seconds that its start took."""
+    """An engine for the model, which ends with the block, and the seconds until each of its replicas had answered."""
     log_file, begin = Path(settings.out).with_name("engine.log"), time.perf_counter()
     options |= {"log_file": log_file, "max_model_len": longest, "seed": settings.seed}
     engine = init_vllm(settings.model, settings.device, "cpu", **options)
     try:
+        answer(engine, [([0], Sampling(max_new_tokens=1))] * len(engine.replicas))
         yield engine, time.perf_counter() - begin
     finally:
         shutdown(engine)
@@ -70,18 +68,18 @@ def started(settings: Settings, longest: int, **options):
 
 
 def vllm_row(settings: Settings, prompts: list[list[int]]) -> dict:
-    """All prompts answered with exactly `new_tokens` tokens each, dealt out among the engine's replicas."""
+    """All prompts answered with exactly `new_tokens` tokens each, dealt out among three replicas on a GPU."""
     from vllm import SamplingParams
 
-    length, count = settings.new_tokens, None if settings.device == "cpu" else 3
+    length, count = settings.new_tokens, 1 if settings.device == "cpu" else 3
     fixed = SamplingParams(temperature=1.0, max_tokens=length, min_tokens=length, ignore_eos=True)
     requests, row = [{"prompt_token_ids": ids} for ids in prompts], {"problems": len(prompts)}
-    with started(settings, max(map(len, prompts)) + length, engines=count) as (engine, row["start_seconds"]):
-        count = len(engine.replicas)
-        with load(row, settings.device, engine.processes):
-            parts = engine.ask_each("ask", [("generate", requests[first::count], fixed) for first in range(count)])
+    calls = [("generate", requests[first::count], fixed) for first in range(count)]
+    longest = max(map(len, prompts)) + length
+    with started(settings, longest, engines=count) as (engine, seconds), timed(row, settings.device):
+        parts = engine.ask_each("ask", calls)
     assert all(len(output.outputs[0].token_ids) == length for part in parts for output in part)
-    return row | {"problems_per_second": len(prompts) / row["seconds"]}
+    return row | {"start_seconds": seconds, "problems_per_second": len(prompts) / row["seconds"]}
 
 
 def generate_row(settings: Settings, prompts: list[list[int]]) -> dict:
@@ -92,56 +90,90 @@ def generate_row(settings: Settings, prompts: list[list[int]]) -> dict:
     tokenizer.padding_side = "left"
     inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
 
-    def answer(tokens: int) -> None:
+    def respond(tokens: int) -> None:
         lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         with torch.inference_mode():
             ids = model.generate(**inputs, **lengths, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
         assert ids.shape[1] == inputs["input_ids"].shape[1] + tokens
 
-    answer(4)
-    with load(row, settings.device, []):
-        answer(settings.new_tokens)
+    respond(4)
+    with timed(row, settings.device):
+        respond(settings.new_tokens)
     return row | {"problems_per_second": len(prompts) / row["seconds"]}
 
 
 def measure_fixed_lengths(settings: Settings) -> None:
     prompts, _ = questions(settings)
-    attempt(settings, rows.VLLM, lambda: vllm_row(settings, prompts))
-    attempt(settings, rows.GENERATE, lambda: generate_row(settings, prompts[:256]))
+    measures = {rows.VLLM: lambda: vllm_row(settings, prompts)}
+    measures[rows.GENERATE] = lambda: generate_row(settings, prompts[:256])
+    for variant in settings.variants:
+        attempt(settings, variant, measures[variant])
 
 
 # --- Real lengths ----------------------------------------------------------------------------------------------------
 
 
+def options_of(engine: str) -> tuple[dict, dict]:
+    """An engine's words in a variant's name: options of `init_vllm`, and of `start_replicas`."""
+    count, *switches = engine.split(", ")
+    if unknown := [switch for switch in switches if switch not in rows.SWITCHES]:
+        raise UserError(f"variants: {unknown[0]!r} unknown; there are {', '.join(rows.SWITCHES)}")
+    told = {name: value for switch in switches for name, value in rows.SWITCHES[switch].items()}
+    variables = {name: told.pop(name) for name in list(told) if name.isupper()}
+    return told, {"engines": int(count.split()[0])} | variables
+
+
 def measure_real_lengths(settings: Settings) -> None:
-    """Evaluations as a run makes them: up to the stop string or `max_new_tokens`, on a GPU that trains nothing."""
+    """Evaluations as a run makes them: up to the stop string or `max_new_tokens`, on a GPU that trains nothing.
+
+    Neighbours that differ in decoding only share an engine. All engines' processes import vLLM first, as a run's do.
+    """
     settings = replace(settings, model=settings.trained or settings.model)
+    groups = [(name, list(group)) for name, group in itertools.groupby(settings.variants, lambda v: v.split(": ")[0])]
+    replicas = [start_replicas(settings.device, **options_of(name)[1]) for name, _ in groups]
     prompts, problems = questions(settings)
-    for variant in rows.LENGTHS:
-        attempt(settings, variant, partial(lengths_row, settings, prompts, problems, variant))
+    for (name, variants), waiting in zip(groups, replicas, strict=True):
+        measure_engine(settings, options_of(name)[0] | {"replicas": waiting}, variants, prompts, problems)
 
 
-def lengths_row(settings: Settings, prompts: list[list[int]], problems: list[Problem], variant: str) -> dict:
-    samplings = {"sampled": Sampling(1.0, 1.0, settings.max_new_tokens)}
-    if variant == rows.BOTH:
-        samplings["greedy"] = Sampling(0.0, 1.0, settings.max_new_tokens)
-    longest, row = max(map(len, prompts)) + settings.max_new_tokens, {"problems": len(problems)}
-    with started(settings, longest, **rows.LENGTHS[variant]) as (engine, row["start_seconds"]):
-        if variant == rows.ONE:
-            engine.ask_all("ask", "apply_model", profile.install)
-        with load(row, settings.device, engine.processes):
-            evaluations = evaluate(engine, problems, prompts, samplings, settings.seed)
-        if variant == rows.ONE:
-            row["phases"] = engine.ask_all("ask", "apply_model", profile.report)[0][0]
-    records = [record for evaluation in evaluations.values() for record in evaluation.records]
-    tokens = sum(record["tokens"] for record in records)
-    graded = sum(evaluation.seconds["grade"] for evaluation in evaluations.values())
-    row["seconds"] -= graded
+def measure_engine(
+    settings: Settings, options: dict, variants: list[str], prompts: list[list[int]], problems: list[Problem]
+) -> None:
+    """The variants of one engine, which starts with the first of them (or the next, where that fails)."""
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    with contextlib.ExitStack() as stack:
+        start = functools.cache(lambda: stack.enter_context(started(settings, longest, **options)))
+        for variant in variants:
+            attempt(settings, variant, partial(lengths_row, settings, start, variant, prompts, problems))
+
+
+def lengths_row(
+    settings: Settings, start: Callable, variant: str, prompts: list[list[int]], problems: list[Problem]
+) -> dict:
+    """Generation as `evaluate` does it, timed without grading; `start` gives the engine and its start's seconds."""
+    sampled, greedy = (Sampling(temperature, 1.0, settings.max_new_tokens) for temperature in (1.0, 0.0))
+    calls = {rows.SAMPLED: [[sampled]], rows.BOTH: [[sampled, greedy]], rows.IN_TURN: [[sampled], [greedy]]}
+    engine, start_seconds = start()
+    row = {"problems": len(problems), "start_seconds": start_seconds}
+    if "profiled" in variant:
+        engine.ask_all("ask", "apply_model", profile.install)
+    generations = []
+    with timed(row, settings.device):
+        for samplings in calls[variant.split(": ")[1]]:
+            requests = [(prompt, sampling) for sampling in samplings for prompt in prompts]
+            generations += [generation for (generation,) in answer(engine, requests, seed=settings.seed)]
+    if "profiled" in variant:
+        row["phases"] = engine.ask_all("ask", "apply_model", profile.report)[0][0]
+    began, golds = time.perf_counter(), [problem.answer for problem in problems]
+    grades = grade_in_detail([g.text for g in generations], golds * (len(generations) // len(golds)))
+    row["graded_per_second"] = len(grades) / (time.perf_counter() - began)
+    tokens, correct = sum(len(g.token_ids) for g in generations), [grade.correct for grade in grades]
+    if len(grades) > len(golds):
+        row["greedy_accuracy"] = statistics.mean(correct[len(golds) :])
     return row | {
         "problems_per_second": len(problems) / row["seconds"],
         "tokens_per_second": tokens / row["seconds"],
-        "graded_per_second": len(records) / graded,
-        "mean_tokens": tokens / len(records),
-        "cut_off": statistics.mean(record["finish_reason"] == "length" for record in records),
-        "accuracy": statistics.mean(record["correct"] for record in records),
+        "mean_tokens": tokens / len(generations),
+        "cut_off": statistics.mean(g.finish_reason == "length" for g in generations),
+        "accuracy": statistics.mean(correct[: len(golds)]),
     }

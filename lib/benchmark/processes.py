@@ -1,44 +1,40 @@
 """Each part in a process of its own, with a limit of time."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
-from lib.benchmark.rows import VARIANTS, read_rows
-from lib.files import PROJECT_ROOT, UserError, append_lines
+from lib.benchmark.rows import VARIANTS
+from lib.files import PROJECT_ROOT, UserError, append_lines, read_lines
 
 
-def run_parts(parts: list[str], folder: Path, settings: dict, limits: dict[str, int]) -> dict[str, float]:
-    """Run parts, each for at most its `limits` in seconds; the seconds each took. Other parts' rows stay."""
+def run_parts(
+    parts: list[str], folder: Path, settings: dict, limits: dict[str, int], variants: dict[str, list[str]]
+) -> dict[str, float]:
+    """Run parts, each for at most its `limits` in seconds; the seconds each took. `variants`: of a part, if not all."""
     if unknown := set(parts) - set(VARIANTS):
         raise UserError(f"parts: {', '.join(sorted(unknown))} unknown; there are {', '.join(VARIANTS)}")
     folder.mkdir(parents=True, exist_ok=True)
-    return {part: run_part(part, folder, settings, limits[part]) for part in parts}
+    chosen = VARIANTS | variants
+    return {part: run_part(part, folder, settings | {"variants": chosen[part]}, limits[part]) for part in parts}
 
 
 def run_part(part: str, folder: Path, settings: dict, limit: float) -> float:
     """Run one part for at most `limit` seconds; variants it did not get to become rows with an error."""
     out, log, started = folder / f"{part}.jsonl", folder / f"{part}.log", time.monotonic()
-    out.unlink(missing_ok=True)
+    before = len(read_lines(out))
     told = json.dumps(settings | {"part": part, "out": str(out.resolve())})
     command = [sys.executable, "-u", "-m", "lib.benchmark", told]
     with open(log, "w", encoding="utf-8") as printed:
         streams = {"stdin": subprocess.DEVNULL, "stdout": printed, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=PROJECT_ROOT, start_new_session=True, **streams)
-        try:
-            reason = f"its process ended with status {process.wait(limit)} (see {log.name})"
+        try:  # engines and graders end with the process that started them
+            status = subprocess.run(command, cwd=PROJECT_ROOT, timeout=limit, **streams).returncode
+            reason = f"its process ended with status {status} (see {log.name})"
         except subprocess.TimeoutExpired:
             reason = f"not measured within {limit:g} s"
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its group: engines and workers too
-            process.wait()
-    done = {row["variant"] for row in read_rows(folder) if row["part"] == part}
-    missing = [variant for variant in VARIANTS[part] if variant not in done]
+    done = {row["variant"] for row in read_lines(out)[before:]}
+    missing = [variant for variant in settings["variants"] if variant not in done]
     append_lines(out, [{"part": part, "variant": variant, "error": reason} for variant in missing])
     return time.monotonic() - started

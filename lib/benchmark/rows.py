@@ -12,30 +12,38 @@ import torch
 from lib.environment import device_name, versions
 from lib.files import append_lines, first_line, read_lines
 
-NAIVE, EAGER, NO_SHARING = "padded, full logits", "packed", "packed, compiled"
-FULL = "packed, compiled, preamble once"
+NAIVE, NO_SHARING, FULL = "padded, full logits", "packed, compiled", "packed, compiled, preamble once"
 # TRL 1.16 projects onto the vocabulary at labelled tokens only, in fused chunks; Liger replaces norms, MLP and rotary
 # embeddings in transformers' module, so it comes after what does without.
 TRL = {"padding-free, layers compiled": False, "padding-free, Liger": True}
 PEERS = ("trl", "liger-kernel")
-MEMORY = {f"{size} GB": size for size in (24, 40, 80)}  # what the policy may take of the card
+# Cards of so many GB, and the seeds of their runs: two of the largest, so that the noise shows.
+MEMORY = {"80 GB": (80, 0), "24 GB": (24, 0), "40 GB": (40, 0), "80 GB, seed 1": (80, 1), "16 GB": (16, 0)}
 VLLM, GENERATE = "vLLM", "generate, batch 256"
-ONE, THREE, BOTH = "one engine", "three engines", "three engines, both decodings"
-SIZES = [*(2**i for i in range(9)), *range(384, 1025, 128)]  # tokens of a step that decodes
-DECODING_ONLY = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}
-LENGTHS = {  # options of `init_vllm`
-    ONE: {"engines": 1},  # its steps are noted
-    "one engine, mixed steps not recorded": {"engines": 1, "compilation_config": DECODING_ONLY},
-    "one engine, prefix caching": {"engines": 1, "enable_prefix_caching": True},
-    THREE: {"engines": 3},
-    BOTH: {"engines": 3},
+# A variant of real lengths is a number of engines, any of the switches, and how they decode: see LENGTHS.
+SWITCHES = {  # settings of vLLM, or variables of the environment of the engines' processes
+    "prefix cache": {"enable_prefix_caching": True},
+    "mixed steps not recorded": {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"},
+    "core apart": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    "profiled": {},
 }
+SAMPLED, BOTH, IN_TURN = "sampled", "both at once", "one after the other"
+THREE = "3 engines"
+LENGTHS = [
+    f"2 engines: {SAMPLED}",  # the first start waits for the import of vLLM
+    *(f"{THREE}: {decoding}" for decoding in (SAMPLED, BOTH, IN_TURN)),
+    f"{THREE}, prefix cache: {SAMPLED}",
+    f"4 engines: {SAMPLED}",
+    f"1 engine, profiled: {SAMPLED}",
+    f"1 engine, mixed steps not recorded: {SAMPLED}",
+    f"{THREE}, core apart: {SAMPLED}",  # the last: its memory comes back late
+]
 VARIANTS = {
-    "ours": [NAIVE, EAGER, FULL, NO_SHARING],
+    "ours": [NAIVE, FULL, NO_SHARING],
     "memory": list(MEMORY),
     "trl": list(TRL),
     "evaluation": [VLLM, GENERATE],
-    "lengths": list(LENGTHS),
+    "lengths": LENGTHS,
 }
 
 
@@ -47,20 +55,27 @@ class Settings:
     model: str
     data_dir: str
     out: str  # file of the part's rows
+    variants: list[str] | None = None  # None: all of the part
     trained: str = ""  # the model of the part `lengths`
     warmup_steps: int = 3
     steps: int = 8
     batch: int = 64  # examples an optimizer step
     microbatch_tokens: int = 16384
-    eval_problems: int = 2000  # that vLLM answers
+    eval_problems: int = 5000  # that vLLM answers
     new_tokens: int = 160  # of every response at fixed lengths
     max_new_tokens: int = 1024  # of a response at real lengths
+    memory_problems: int = 500  # validation problems at the end of each run of the part `memory`
+    memory_steps: int = 24  # its optimizer steps
+    learning_rate: float = 1e-5  # of it
     seed: int = 0
     device: str = "cpu"
 
+    def __post_init__(self):
+        self.variants = self.variants or VARIANTS[self.part]
+
 
 def attempt(settings: Settings, variant: str, measure: Callable[[], dict]) -> None:
-    """Append the row of one variant."""
+    """Append the row of a variant."""
     free_memory()
     row = {"part": settings.part, "variant": variant, "device": device_name(settings.device)}
     row["versions"] = versions(*PEERS)
@@ -81,7 +96,9 @@ def free_memory() -> None:
 
 
 def read_rows(folder: Path) -> list[dict]:
-    return [row for part in VARIANTS for row in read_lines(folder / f"{part}.jsonl")]
+    """The latest row of each variant."""
+    rows = (row for part in VARIANTS for row in read_lines(folder / f"{part}.jsonl"))
+    return list({(row["part"], row["variant"]): row for row in rows}.values())
 
 
 def plain(text: str) -> str:

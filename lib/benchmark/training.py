@@ -1,5 +1,6 @@
-"""How fast a training step is: ours and what each part of it is worth, TRL's, and under a limit of memory."""
+"""How fast a training step is: ours and what each part of it is worth, and TRL's."""
 
+import contextlib
 import itertools
 import statistics
 import tempfile
@@ -62,10 +63,9 @@ def summarize_steps(steps: list[dict], batches: Batches, model: torch.nn.Module,
 def fitting(sizes: tuple[int, ...], measure: Callable[[int], dict]) -> dict:
     """The row of the largest size that memory is enough for."""
     for size in sizes[:-1]:
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             return measure(size) | {"examples_at_once": size}
-        except torch.OutOfMemoryError:
-            free_memory()
+        free_memory()
     return measure(sizes[-1]) | {"examples_at_once": sizes[-1]}
 
 
@@ -86,13 +86,6 @@ def packed_row(model: torch.nn.Module, batches: Batches, settings: Settings, sha
     taken = {"n_examples": sum(map(len, batches)), "cut": partial(make_microbatches, share_prefix=share_prefix)}
     steps = train_steps(model, make_optimizer(model), batches, optimization, **taken)
     return summarize_steps(list(steps), batches, model, settings)
-
-
-def limited_row(model: torch.nn.Module, batches: Batches, settings: Settings, gigabytes: int) -> dict:
-    """Train as if the card were smaller."""
-    whole = torch.cuda.get_device_properties(settings.device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole), settings.device)
-    return packed_row(model, batches, settings, share_prefix=True)
 
 
 def naive_row(model: torch.nn.Module, batches: Batches, settings: Settings, size: int) -> dict:
@@ -124,19 +117,20 @@ def naive_row(model: torch.nn.Module, batches: Batches, settings: Settings, size
 def measure_ours(settings: Settings) -> None:
     """Our path and its parts, on one model that starts from the same weights each time."""
     model, batches = policy.load_policy(settings.model, settings.device), make_benchmark_batches(settings)
-    row = partial(packed_row, model, batches, settings)
-    ways = {
-        rows.NAIVE: lambda: fitting((8, 4, 2), partial(naive_row, model, batches, settings)),
-        rows.EAGER: lambda: row(share_prefix=False),
-        rows.FULL: lambda: row(share_prefix=True),
-        rows.NO_SHARING: lambda: row(share_prefix=False),
-    }
-    ways |= {name: partial(limited_row, model, batches, settings, size) for name, size in rows.MEMORY.items()}
     base = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-    for variant in rows.VARIANTS[settings.part]:
-        model.zero_grad(set_to_none=True)  # of a variant that failed
+
+    def reset(measure: Callable[..., dict], *arguments) -> dict:
+        model.zero_grad(set_to_none=True)  # of what failed
         model.load_state_dict(base)
-        with torch.compiler.set_stance("force_eager" if variant in (rows.NAIVE, rows.EAGER) else "default"):
+        return measure(model, batches, settings, *arguments)
+
+    ways = {
+        rows.NAIVE: lambda: fitting((8, 4, 2), partial(reset, naive_row)),
+        rows.FULL: lambda: reset(packed_row, True),
+        rows.NO_SHARING: lambda: reset(packed_row, False),
+    }
+    for variant in settings.variants:
+        with torch.compiler.set_stance("force_eager" if variant == rows.NAIVE else "default"):
             attempt(settings, variant, ways[variant])
 
 
@@ -202,5 +196,7 @@ def trl_row(settings: Settings, batches: Batches, liger: bool, size: int) -> dic
 def measure_trl(settings: Settings) -> None:
     """Each configuration with the most examples a forward pass that fit."""
     batches = make_benchmark_batches(settings)
-    for variant, liger in rows.TRL.items():
-        attempt(settings, variant, partial(fitting, (32, 16, 8), partial(trl_row, settings, batches, liger)))
+    for variant in settings.variants:
+        attempt(
+            settings, variant, partial(fitting, (32, 16, 8), partial(trl_row, settings, batches, rows.TRL[variant]))
+        )
