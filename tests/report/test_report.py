@@ -802,7 +802,7 @@ def test_the_report_is_made_from_any_folder_of_runs(case, six, many, tmp_path):
     assert "<h1" in page and 'src="http' not in page and "data:image/png;base64" in page
     assert ("no subjects or no levels" in page) == (case == "no levels")
     if case == "six":
-        assert "More traces gain" in page and "| full → filtered |" in shown
+        assert "More traces gain" in page and "by correctness in that form" in shown
 
 
 def fabricate_case(case, folder):
