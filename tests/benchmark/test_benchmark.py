@@ -222,7 +222,8 @@ def test_an_exception_becomes_a_row_and_the_next_variant_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "limit", "reason"), [("exit 3", 20, "ended with status 3"), ("exec sleep 60", 1, "not measured within 1 s")]
+    ("body", "limit", "reason"),
+    [("exit 3", 20, "ended with status 3"), ("exec sleep 60", 1, "not measured within 1 s")],
 )
 def test_a_part_that_ends_early_names_every_variant(tmp_path, monkeypatch, body, limit, reason):
     program = tmp_path / "python"
