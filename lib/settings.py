@@ -21,7 +21,7 @@ MATH_DATA_DIR = Path("/data/a5-alignment/MATH")  # where the course's machines k
 
 @dataclass(frozen=True)
 class Optimization:
-    """The settings that a training step depends on."""
+    """What a training step depends on."""
 
     learning_rate: float
     warmup_ratio: float
@@ -92,6 +92,12 @@ class RunConfig(BaseModel):
     gradient_clip: Positive = parameter(1.0, "largest norm of the gradient")
     max_length: Count = parameter(None, "tokens of prompt and response; longer examples are an error")
     precision: Literal["bf16", "fp32"] = parameter("bf16", '"bf16": autocast over fp32 weights; "fp32": nothing else')
+    optimizer: Literal["adamw", "adamw8bit"] | None = parameter(
+        None, '"adamw", or "adamw8bit" with moments of 8 bits; None: as the card\'s memory allows'
+    )
+    recompute: bool | None = parameter(
+        None, "compute activations again for the gradient; None: where the card can't hold them"
+    )
 
     eval_split: Literal["validation", "tuning"] = parameter(
         "validation", '"validation", or "tuning": problems of train.jsonl that no trace is about'
@@ -154,7 +160,15 @@ PARAMETERS = tuple(RunConfig.model_fields)
 # Where and how a run is made, not what it is: its numbers do not depend on these.
 INCIDENTAL = {
     *("runs_dir", "run_name", "overwrite", "resume", "checkpoint_interval", "keep_checkpoint", "keep_model"),
-    *("microbatch_tokens", "trust_remote_code", "log_generations", "verify_sync", "wandb_mode", "wandb_project"),
+    *(
+        "microbatch_tokens",
+        "recompute",
+        "trust_remote_code",
+        "log_generations",
+        "verify_sync",
+        "wandb_mode",
+        "wandb_project",
+    ),
     *("train_device", "eval_device", "gpu_memory_utilization", "engines", "engine_timeout", "eval_beside_training"),
 }
 
@@ -168,30 +182,21 @@ def changed_settings(made: Mapping, asked: Mapping) -> list[str]:
     ]
 
 
-# The one place where a profile matters: what `None` in the parameters cell stands for.
+# The one place where a profile matters: what `None` in the parameters cell stands for, with "math" and with "mini".
+_PROFILE_VALUES = [
+    ("model", "Qwen/Qwen2.5-Math-1.5B", str(PROJECT_ROOT / "lib/mini/model")),
+    ("data_dir", str(MATH_DATA_DIR), str(PROJECT_ROOT / "lib/mini/data")),
+    ("learning_rate", 4e-5, 1e-3),
+    ("batch_size", 64, 8),
+    ("microbatch_tokens", 16384, 4096),
+    ("epochs", 5, 3),
+    ("max_length", 2048, 512),
+    ("n_val", 1000, 250),
+    ("max_new_tokens", 1024, 128),
+]
 PROFILES = {
-    "math": {
-        "model": "Qwen/Qwen2.5-Math-1.5B",
-        "data_dir": str(MATH_DATA_DIR),
-        "learning_rate": 4e-5,
-        "batch_size": 64,
-        "microbatch_tokens": 16384,
-        "epochs": 5,
-        "max_length": 2048,
-        "n_val": 1000,
-        "max_new_tokens": 1024,
-    },
-    "mini": {
-        "model": str(PROJECT_ROOT / "lib/mini/model"),
-        "data_dir": str(PROJECT_ROOT / "lib/mini/data"),
-        "learning_rate": 1e-3,
-        "batch_size": 8,
-        "microbatch_tokens": 4096,
-        "epochs": 3,
-        "max_length": 512,
-        "n_val": 250,
-        "max_new_tokens": 128,
-    },
+    "math": {name: value for name, value, _ in _PROFILE_VALUES},
+    "mini": {name: value for name, _, value in _PROFILE_VALUES},
 }
 
 
@@ -201,10 +206,7 @@ def resolve(namespace: Mapping) -> RunConfig:
     `None` takes the profile's value. Raises `UserError` naming the parameter; writes nothing and loads no model.
     """
     refuse_unknown_parameters(namespace, PARAMETERS)
-    missing = [name for name in PARAMETERS if name not in namespace]
-    if missing:
-        raise UserError(f"parameters missing from the notebook's parameters cell: {', '.join(missing)}")
-    values = {name: namespace[name] for name in PARAMETERS}
+    values = {name: namespace.get(name, field.default) for name, field in RunConfig.model_fields.items()}
     _choose_profile(values)
     values["runs_dir"] = values["runs_dir"] or str(PROJECT_ROOT / "runs")
     values["run_name"] = values["run_name"] or default_run_name(values["n"], values["filtered"], values["seed"])
@@ -216,7 +218,7 @@ def resolve(namespace: Mapping) -> RunConfig:
     if config.n_val_final is not None and config.n_val_final < config.n_val:
         raise UserError(f"n_val_final={config.n_val_final}: must not be less than n_val={config.n_val}")
     for name in ("sft.jsonl", "validation.jsonl"):
-        if not (Path(config.data_dir) / name).is_file():
+        if not Path(config.data_dir, name).is_file():
             folder = shorten_path(config.data_dir)
             raise UserError(f"data_dir={folder!r}: no {name} there (the folder should hold {', '.join(DATA_FILES)})")
     if config.revision is not None and Path(config.model).is_absolute():
@@ -241,7 +243,7 @@ WORDS = {
 
 
 def _in_words(error: ValidationError) -> str:
-    """The first wrong parameter and what it must be, in one sentence: `learning_rate=-1: must be above 0`."""
+    """The first wrong parameter and what it must be: `learning_rate=-1: must be above 0`."""
     found = error.errors(include_url=False)
     name = found[0]["loc"][0]
     # A parameter of two types, an integer or "all", has a reason for each.
@@ -252,7 +254,6 @@ def _in_words(error: ValidationError) -> str:
 
 
 def default_run_name(n: int | str, filtered: bool, seed: int) -> str:
-    """`n256`, `full` or `filtered`, with `-seed1` and so on for seeds other than 0."""
     name = "filtered" if filtered else "full" if n == "all" else f"n{n}"
     if filtered and n != "all":
         name += f"-n{n}"
@@ -272,20 +273,15 @@ def refuse_unknown_parameters(namespace: Mapping, known: Collection[str]) -> Non
 
 
 def _choose_profile(values: dict) -> None:
-    """Decide "auto", and put the profile's value wherever a parameter is None."""
     if values["profile"] == "auto":
-        data_dir = values["data_dir"] or MATH_DATA_DIR
-        has_data = isinstance(data_dir, str | Path) and all(
-            (absolute(data_dir) / name).is_file() for name in DATA_FILES
-        )
+        folder = absolute(str(values["data_dir"] or MATH_DATA_DIR))
+        has_data = all((folder / name).is_file() for name in DATA_FILES)
         values["profile"] = "math" if has_data and count_gpus() > 0 else "mini"
-    if values["profile"] in list(PROFILES):
-        for name, default in PROFILES[values["profile"]].items():
-            values[name] = default if values[name] is None else values[name]
+    for name, default in PROFILES.get(str(values["profile"]), {}).items():
+        values[name] = default if values[name] is None else values[name]
 
 
 def _choose_devices(values: dict) -> None:
-    """Resolve None: training on the first GPU and the engine on the second, or both on one, or both on the CPU."""
     gpus = count_gpus()
     train, evaluate = values["train_device"], values["eval_device"]
     train, evaluate = ("cuda:0" if device == "cuda" else device for device in (train, evaluate))
@@ -304,7 +300,6 @@ def _choose_devices(values: dict) -> None:
 
 
 def check_run_dir(config: RunConfig) -> None:
-    """UserError where the run's folder holds a finished run that is not to be overwritten."""
     if (config.run_dir / "summary.json").exists() and not config.overwrite:
         raise UserError(
             f"run_name={config.run_name!r}: {shorten_path(str(config.run_dir))} holds a finished run; "

@@ -345,7 +345,7 @@ from lib.grading import grade_in_detail as grade
 def hunt(stop):
     while not stop.is_set():
         for child in psutil.Process().children(recursive=True):
-            if "prover.py" in " ".join(child.cmdline()):
+            if "grading/workers.py" in " ".join(child.cmdline()):
                 child.kill()
                 stop.set()
         time.sleep(0.001)

@@ -127,11 +127,23 @@ def test_a_file_of_each_preset_becomes_data_that_a_run_reads(preset, kind, param
     assert len(made.problems) == 20 and made.sizes["selected"] == 16
 
 
-def test_gsm8k_from_a_file_to_a_finished_run_by_two_commands(tmp_path, tiny_model):
-    training = write(tmp_path / "a.jsonl", [gsm8k(number) for number in range(60)])
-    data = [sys.executable, "-m", "lib.get_data", "gsm8k", str(tmp_path / "gsm8k"), "--from", str(training)]
+def own(number: int) -> dict:
+    text, a, b = problem(number)
+    return {"frage": text, "weg": f"I add {a} and {b}.", "zahl": a + b}
+
+
+OWN = ["--map", "problem=frage", "trace=weg", "answer=zahl"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "make", "options"),
+    [("gsm8k", gsm8k, []), ("math", lighteval, []), ("math", nlile, []), ("garg", garg, []), ("files", own, OWN)],
+)
+def test_a_preset_from_its_file_to_a_finished_run_by_two_commands(preset, make, options, tmp_path, tiny_model):
+    training, made = write(tmp_path / "a.jsonl", [make(number) for number in range(60)]), tmp_path / "made"
+    data = [sys.executable, "-m", "lib.get_data", preset, str(made), "--from", str(training), *options]
     train = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(tmp_path / "n16.ipynb")]
-    toy = {"n": 16, "profile": "mini", "model": tiny_model, "data_dir": tmp_path / "gsm8k", "runs_dir": tmp_path}
+    toy = {"n": 16, "profile": "mini", "model": tiny_model, "data_dir": made, "runs_dir": tmp_path}
     toy |= {"max_steps": 2, "n_val": 4, "max_new_tokens": 8, "max_length": 2048, "wandb_mode": "disabled"}
     for name, value in toy.items():
         train += ["-p", name, str(value)]
@@ -139,8 +151,11 @@ def test_gsm8k_from_a_file_to_a_finished_run_by_two_commands(tmp_path, tiny_mode
     for command in (data, train):
         done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-    evaluations = read(tmp_path / "n16" / "evaluations.jsonl")
-    assert evaluations[-1]["n"] in (4, 6) and (tmp_path / "n16" / "summary.json").is_file()
+    run_dir = tmp_path / "n16"
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
+    last, problems = read(run_dir / "evaluations.jsonl")[-1], read(made / "validation.jsonl")
+    assert last["train_step"] == 2 and last["n"] == len(problems) == 6
+    assert [bool(last[f"by_{name}"]) for name in ("level", "subject")] == [preset == "math"] * 2
 
 
 def test_gsm8k_traces_are_without_the_calculator_s_notes(tmp_path, monkeypatch):

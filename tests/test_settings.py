@@ -143,6 +143,13 @@ def test_unknown_parameter_is_refused_with_the_name_that_was_meant(parameters):
         resolve(parameters | {"epoch": 3, "In": injected})
 
 
+def test_a_parameter_that_a_notebook_of_an_earlier_version_lacks_has_its_default(parameters):
+    for name in ("engines", "warmup_ratio"):
+        del parameters[name]
+    config = resolve(parameters)
+    assert (config.engines, config.warmup_ratio) == (None, 0.03)
+
+
 def test_variables_of_the_user_are_no_parameters(parameters):
     resolve(parameters | {"my_variable": 1, "In": ["", "my_variable = 1"]})
 

@@ -9,12 +9,12 @@ import sys
 
 import torch
 
-from lib.benchmark import evaluation, training
+from lib.benchmark import cards, evaluation, training
 from lib.benchmark.rows import Settings
 
 MEASURES = {
     "ours": training.measure_ours,
-    "memory": training.measure_ours,
+    "memory": cards.measure_memory,
     "trl": training.measure_trl,
     "evaluation": evaluation.measure_fixed_lengths,
     "lengths": evaluation.measure_real_lengths,

@@ -17,7 +17,8 @@ NAIVE, NO_SHARING, FULL = "padded, full logits", "packed, compiled", "packed, co
 # embeddings in transformers' module, so it comes after what does without.
 TRL = {"padding-free, layers compiled": False, "padding-free, Liger": True}
 PEERS = ("trl", "liger-kernel")
-MEMORY = {f"{size} GB": size for size in (24, 40, 80)}  # what the policy may take of the card
+# Cards of so many GB, and the seeds of their runs: two of the largest, so that the noise shows.
+MEMORY = {"80 GB": (80, 0), "24 GB": (24, 0), "40 GB": (40, 0), "80 GB, seed 1": (80, 1), "16 GB": (16, 0)}
 VLLM, GENERATE = "vLLM", "generate, batch 256"
 # A variant of real lengths is a number of engines, any of the switches, and how they decode: see LENGTHS.
 SWITCHES = {  # settings of vLLM, or variables of the environment of the engines' processes
@@ -63,6 +64,9 @@ class Settings:
     eval_problems: int = 5000  # that vLLM answers
     new_tokens: int = 160  # of every response at fixed lengths
     max_new_tokens: int = 1024  # of a response at real lengths
+    memory_problems: int = 500  # validation problems at the end of each run of the part `memory`
+    memory_steps: int = 24  # its optimizer steps
+    learning_rate: float = 1e-5  # of it
     seed: int = 0
     device: str = "cpu"
 

@@ -16,6 +16,8 @@ COLUMNS = {
     "tokens_per_second": ("tokens/s", ",.0f"),
     "utilisation": ("utilisation", ".1%"),
     "peak_gb": ("peak GB", ",.1f"),
+    "card_gb": ("whole card, peak GB", ",.1f"),
+    "savings": ("how", ""),
     "mean_loss": ("mean loss", ",.4f"),
     "examples_at_once": ("examples at once", ",.0f"),
     "mean_tokens": ("tokens a response", ",.0f"),
@@ -48,7 +50,7 @@ def tabulate_phases(rows: list[dict]) -> pd.DataFrame:
 
 
 def write(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form).replace("%", " %")
+    return "–" if value is None else format(value, form).replace("%", " %" if form else "%")
 
 
 def tabulate(rows: list[dict], *parts: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""How fast a training step is: ours and what each part of it is worth, TRL's, and under a limit of memory."""
+"""How fast a training step is: ours and what each part of it is worth, and TRL's."""
 
 import contextlib
 import itertools
@@ -88,13 +88,6 @@ def packed_row(model: torch.nn.Module, batches: Batches, settings: Settings, sha
     return summarize_steps(list(steps), batches, model, settings)
 
 
-def limited_row(model: torch.nn.Module, batches: Batches, settings: Settings, gigabytes: int) -> dict:
-    """Train as if the card were smaller."""
-    whole = torch.cuda.get_device_properties(settings.device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole), settings.device)
-    return packed_row(model, batches, settings, share_prefix=True)
-
-
 def naive_row(model: torch.nn.Module, batches: Batches, settings: Settings, size: int) -> dict:
     """The course's functions in a plain loop: padded microbatches of `size`, logits of every token."""
     optimizer, steps = make_optimizer(model), []
@@ -136,7 +129,6 @@ def measure_ours(settings: Settings) -> None:
         rows.FULL: lambda: reset(packed_row, True),
         rows.NO_SHARING: lambda: reset(packed_row, False),
     }
-    ways |= {name: partial(reset, limited_row, size) for name, size in rows.MEMORY.items()}
     for variant in settings.variants:
         with torch.compiler.set_stance("force_eager" if variant == rows.NAIVE else "default"):
             attempt(settings, variant, ways[variant])

@@ -35,6 +35,7 @@ class Engine:
     start_seconds: float | None = None  # once it is ready
     asleep: bool = False
     senders: list = field(default_factory=list)  # on GPUs: vLLM's weight transfer to each replica
+    refused: list[EngineError] = field(default_factory=list)  # what replicas said to it, whose other end waits in NCCL
     rounding: float | None = None  # mean difference of log-probabilities in the first proof (nats)
 
     @property
@@ -154,7 +155,7 @@ def _gpu_settings(engine: Engine, shape: Shape, max_model_len: int, share: float
         most_at_once=MOST_AT_ONCE // min(len(engine.replicas), 2),
         reserved=max(0, reserved - held),
     )
-    sizes = [*(2**i for i in range(9)), *range(384, plan.at_once + 1, 128)]
+    sizes = [*(2**i for i in range(9)), *range(384, plan.at_once, 128)]
     return {
         "gpu_memory_utilization": plan.share,  # refused at once where so much is not free
         "kv_cache_memory_bytes": plan.cache_bytes,
@@ -163,7 +164,7 @@ def _gpu_settings(engine: Engine, shape: Shape, max_model_len: int, share: float
         "compilation_config": {
             "mode": 0,
             "cudagraph_mode": "FULL_AND_PIECEWISE",  # without compiling: see VLLM_USE_BREAKABLE_CUDAGRAPH in replica.py
-            "cudagraph_capture_sizes": [size for size in sizes if size <= plan.at_once],
+            "cudagraph_capture_sizes": [*(size for size in sizes if size < plan.at_once), plan.at_once],
         },
     }
 
@@ -208,8 +209,9 @@ def in_background(call: Callable) -> Future:
 
 def rest(engine: Engine) -> None:
     """Have an engine with the option `enable_sleep_mode` give its memory back until it gets new weights."""
-    engine.ask_all("ask", "sleep", 2)
-    engine.asleep = True
+    if not engine.asleep:
+        engine.ask_all("ask", "sleep", 2)
+        engine.asleep = True
 
 
 def shutdown(engine: Engine) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +121,6 @@ def summarize(records: list[dict]) -> dict:
     return summary | {
         "by_level": _counts_by(records, "level"),
         "by_subject": _counts_by(records, "subject"),
-        "by_subject_and_level": _counts_by(records, "subject", "level"),
     }
 
 
@@ -146,14 +144,13 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _counts_by(records: list[dict], *keys: str) -> dict[str, dict[str, int]]:
-    """Counts of responses by the values of `keys`; those that lack one are left out."""
-    groups = defaultdict(list)
-    for record in records:
-        if None not in (values := [record[key] for key in keys]):
-            groups["|".join(values)].append(record)
-    sums = {name: {k: sum(r[k] for r in group) for k in ("correct", "format")} for name, group in groups.items()}
-    return {name: {"n": len(groups[name])} | sums[name] for name in sorted(groups)}
+def _counts_by(records: list[dict], key: str) -> dict[str, dict[str, int]]:
+    """Counts of responses by the values of `key`, without those that have none."""
+    counts = {}
+    for value in sorted({record[key] for record in records} - {None}):
+        group = [record for record in records if record[key] == value]
+        counts[value] = {"n": len(group)} | {k: sum(record[k] for record in group) for k in ("correct", "format")}
+    return counts
 
 
 def log_generations(

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory an engine takes: planned before it starts, beside what the policy will need there.
+"""How policy and engine share a GPU's memory: what saves some, where they need it, and how much the engine takes.
 
 vLLM would measure it instead, and count what other processes take or give back in these seconds.
 """
@@ -16,8 +16,13 @@ GIB = 1 << 30
 BESIDE_WEIGHTS = 3 * GIB  # activations, recorded steps and CUDA itself; 2.4 GiB were seen at 1.5 B parameters
 SPARE = 0.9  # share of what is free that engines may take
 LEAST_AT_ONCE = 8  # responses: with less cache an engine would be slower than it is worth
-MASTER_BYTES = 16  # a parameter in fp32, its gradient, and AdamW's two moments
+ENOUGH_AT_ONCE = 128  # responses: with less cache beside a policy, an engine had better sleep and get more
+BYTES = {"adamw": 16, "adamw8bit": 10}  # of a parameter: itself in fp32, its gradient, two moments
+GRADIENT_BYTES = 4  # of them, which are free between steps
+ASLEEP = 2 * GIB  # what an engine that sleeps keeps, at most: CUDA, its graphs and buffers
+LEAST_TOKENS = 2048  # in a forward pass, before a smaller one is not worth trying
 LOGITS_BYTES = 2 * GIB  # of a policy that takes its logits part by part, and CUDA itself
+limit: int | None = None  # bytes that a card is taken to have, for measuring what smaller ones do
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,25 @@ class Plan:
     at_once: int
 
 
+@dataclass(frozen=True)
+class Savings:
+    """How a policy trains in the memory that its card has; `sleep`: the engine, which shares the card, rests meanwhile.
+
+    `reserved`: bytes of the engine's card that are the policy's while the engine is awake.
+    """
+
+    optimizer: str
+    recompute: bool
+    sleep: bool
+    microbatch_tokens: int
+    reserved: int = 0
+
+    def __str__(self) -> str:
+        kept = "activations computed again" if self.recompute else "activations kept"
+        engine = ", the engine sleeps while training goes on" if self.sleep else ""
+        return f"{self.optimizer}, {kept}, at most {self.microbatch_tokens} tokens a forward pass{engine}"
+
+
 @functools.cache
 def model_shape(model: str, trust_remote_code: bool = False, revision: str | None = None) -> Shape:
     """A model's shape, by its configuration alone."""
@@ -59,26 +83,63 @@ def model_shape(model: str, trust_remote_code: bool = False, revision: str | Non
 
 
 def policy_bytes(
-    shape: Shape, microbatch_tokens: int, bytes_a_parameter: int = MASTER_BYTES, recompute: bool = False
+    shape: Shape, microbatch_tokens: int, bytes_a_parameter: int = BYTES["adamw"], recompute: bool = False
 ) -> int:
     """What a policy needs on its card, at most, with `microbatch_tokens` tokens in a forward pass.
 
     Compiled layers keep, for each token, gate and value of the MLP and about six vectors of the hidden size, in bf16;
-    with `recompute` each layer keeps its input alone.
+    with `recompute` each layer keeps its input alone, and one at a time the rest.
     """
-    kept = shape.hidden if recompute else 2 * shape.intermediate + 6 * shape.hidden
-    return shape.parameters * bytes_a_parameter + microbatch_tokens * shape.layers * kept * 2 + LOGITS_BYTES
+    layer = 2 * shape.intermediate + 6 * shape.hidden
+    kept = shape.layers * shape.hidden + layer if recompute else shape.layers * layer
+    return shape.parameters * bytes_a_parameter + microbatch_tokens * kept * 2 + LOGITS_BYTES
+
+
+def engine_bytes(shape: Shape, precision_bytes: int, max_model_len: int, at_once: int) -> int:
+    """What an engine takes that holds `at_once` responses of full length at a time."""
+    fixed = shape.parameters * precision_bytes + BESIDE_WEIGHTS
+    return fixed + at_once * shape.cache_elements * precision_bytes * max_model_len
+
+
+def plan_savings(
+    total: int,
+    shape: Shape,
+    *,
+    microbatch_tokens: int,
+    optimizer: str | None = None,
+    recompute: bool | None = None,
+    engine: int = 0,
+    may_sleep: bool = False,
+) -> Savings:
+    """The first of these that fits a policy into a card of `total` bytes, beside `engine` bytes of an awake engine:
+
+    nothing saved; the engine asleep; recomputation too; moments of 8 bits too; smaller forward passes too (which is
+    taken even if it does not fit). What is asked for (not None) stays. It hangs on the card's size and not on what is
+    free, so that a run that is made again is made in the same way. There is no LoRA: it trains another model than the
+    course's, and with these savings full weights fit into 24 GB.
+    """
+    ways = [(False, False, "adamw"), (True, False, "adamw"), (True, True, "adamw"), (True, True, "adamw8bit")]
+    sizes = [t for t in (microbatch_tokens >> i for i in range(1, 5)) if t >= LEAST_TOKENS]
+    for *way, tokens in [*((*way, microbatch_tokens) for way in ways), *((*ways[-1], size) for size in sizes)]:
+        sleep, again = way[0] and may_sleep, way[1] if recompute is None else recompute
+        chosen = optimizer or way[2]
+        policy = policy_bytes(shape, tokens, BYTES[chosen], again)
+        if policy + (ASLEEP if sleep else engine) <= total:
+            break
+    idle = shape.parameters * (BYTES[chosen] - GRADIENT_BYTES) + LOGITS_BYTES
+    return Savings(chosen, again, sleep, tokens, idle if sleep else policy)
 
 
 def card_memory(device: str) -> tuple[int, int]:
-    """Total and free bytes of a GPU, without a CUDA context on it."""
+    """Total and free bytes of a GPU, without a CUDA context on it; `limit` makes it a smaller one."""
     query = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.check_output([*query, f"--id={gpu_id(device)}"], text=True, timeout=30)
         total, free = (int(part) << 20 for part in output.split(","))
     except (OSError, subprocess.SubprocessError, ValueError):  # such as for a part of a card (MIG)
         free, total = torch.cuda.mem_get_info(device)
-    return total, free
+    taken, total = total - free, min(total, limit or total)
+    return total, max(0, total - taken)
 
 
 def plan_share(

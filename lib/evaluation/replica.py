@@ -18,7 +18,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from lib.files import PROJECT_ROOT
+from lib.files import PROJECT_ROOT, shorten_path
 
 MOST_REPLICAS = 3  # three engines keep an H100 busy; a fourth would take memory and bring nothing
 CORES_A_REPLICA = 2  # that it needs for itself: one for vLLM's Python, one for the threads beside it
@@ -78,7 +78,7 @@ class Replica:
                     if kind == "result":
                         return value
                     if kind == "error":
-                        raise EngineError(f"{value} (the engine's log: {self.log_file.name})")
+                        raise EngineError(f"{value} (the engine's log: {shorten_path(self.log_file)})")
                     heard = time.monotonic()  # a sign of life
             except (EOFError, OSError) as error:
                 raise self.why_ended() from error
@@ -86,7 +86,8 @@ class Replica:
             if silent > self.timeout:
                 raise EngineError(
                     f"the engine gave no sign of life for {silent:.0f} s and counts as hung "
-                    f"(engine_timeout={self.timeout:g}; raise it where the machine is only slow)"
+                    f"(engine_timeout={self.timeout:g}; raise it where the machine is only slow; its log: "
+                    f"{shorten_path(self.log_file)})"
                 )
 
     def call(self, name: str, *arguments):
@@ -112,11 +113,15 @@ class Replica:
             return EngineError("the engine was shut down")
         status = self.process.wait(SECONDS_TO_END)
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        if self.log_file != Path(self.output.name):  # keep what was said before, such as by an import that failed
+            self.output.seek(0)
+            with open(self.log_file, "ab") as log:
+                log.write(self.output.read())
+            self.output.truncate(0)
         lines = self.log_file.read_text(errors="replace").splitlines() if self.log_file.exists() else []
         reason = next((f": {line.strip()}" for line in reversed(lines) if re.search(r"(rror|Exception)\b", line)), "")
-        return EngineError(
-            f"the engine's process {self.process.pid} ended {how}{reason} (its log: {self.log_file.name})"
-        )
+        log = shorten_path(self.log_file)
+        return EngineError(f"the engine's process {self.process.pid} ended {how}{reason} (its log: {log})")
 
 
 def start_replicas(device: str, train_device: str = "", engines: int | None = None, **variables: str) -> list[Replica]:
@@ -175,7 +180,8 @@ def _environment(device: str) -> dict[str, str]:
     }
     if device == "cpu":
         return variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    if "microsoft" in platform.release().lower():  # WSL2, where the newer model runner finds no pinned memory
+    if "microsoft" in platform.release().lower():
+        # WSL2, where the newer model runner finds no pinned memory: reported to vLLM, and not tried by this project.
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     # Steps with prompts in them become CUDA graphs, too (`engine._gpu_settings`), uncompiled: 53 s instead of 68 for
     # 5000 answers of a 1.5 B model on an H100, 27 instead of 32 with three engines, and no later start.

@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -21,6 +20,7 @@ from lib.training.policy import as_written, autocast, named_weights, response_lo
 # Mean absolute difference of log-probabilities (nats) that counts as the same weights: four times what the engine's
 # first proof showed, within these bounds. Rounding alone makes 0.001 to 0.05 in bf16, by model, and 0.00001 in fp32.
 SYNC_TOLERANCE = {"bf16": (0.03, 0.1), "fp32": (0.001, 0.001)}
+BUFFER_BYTES = 1 << 28  # of weights on their way over NCCL: twice in each replica, beside what was planned for it
 
 
 def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> float:
@@ -30,9 +30,9 @@ def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> f
     """
     wait_until_ready(engine)
     started = time.perf_counter()
-    if engine.asleep:
-        engine.ask_all("ask", "wake_up")
-        engine.asleep = False
+    if engine.asleep:  # its cache comes after the weights: the copies that are sent to it take memory as well
+        torch.cuda.empty_cache()  # what training held
+        engine.ask_all("ask", "wake_up", ["weights"])
     if engine.device == "cpu":
         from safetensors.torch import save
 
@@ -40,6 +40,11 @@ def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> f
     else:
         with captured(engine.log_file):
             _watched(engine, lambda: _send_to_gpu(policy, engine))
+    if engine.asleep:
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+        engine.ask_all("ask", "wake_up", ["kv_cache"])
+        engine.asleep = False
     if not all(engine.ask_all("ask", "reset_prefix_cache")):
         raise EngineError("vLLM did not reset its prefix cache: requests were still running")
     return time.perf_counter() - started
@@ -75,8 +80,15 @@ def _open_transfer(engine: Engine, replica: Replica, source):
     else:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             free_port = listener.getsockname()[1]
-        info = NCCLTrainerInitInfo("127.0.0.1", free_port, 2, rank=0)
-    ask = partial(replica.call, "ask")
+        info = NCCLTrainerInitInfo("127.0.0.1", free_port, 2, rank=0, packed_buffer_size_bytes=BUFFER_BYTES)
+
+    def ask(name: str, *arguments) -> None:
+        try:
+            replica.call("ask", name, *arguments)
+        except EngineError as error:
+            engine.refused.append(error)
+            raise
+
     client = SimpleNamespace(
         init_weight_transfer_engine=lambda info: ask("init_weight_transfer_engine", {"init_info": info}),
         start_weight_update=lambda: ask("start_weight_update"),
@@ -90,6 +102,8 @@ def _watched(engine: Engine, call: Callable):
     """The result of a call that meets the replicas inside NCCL, where it would wait for ever for one that is gone."""
     future, started = in_background(call), time.monotonic()
     while not wait([future], timeout=0.2).done:
+        if engine.refused:
+            raise engine.refused[0]
         for replica in engine.replicas:
             if not replica.is_alive():
                 raise replica.why_ended()

@@ -40,7 +40,7 @@ class Server:
                     answer = "result", getattr(self, name)(*arguments)
                 except Exception as error:
                     traceback.print_exc()  # into the log
-                    answer = "error", textwrap.shorten(f"{type(error).__name__}: {error}", 500, placeholder=" ...")
+                    answer = "error", _describe(error)
                 self.connection.send(answer)
         if self.llm is not None:
             from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -97,6 +97,12 @@ class Server:
 
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(load(content).items())})
         self.llm.apply_model(_repack_tied_head)
+
+
+def _describe(error: BaseException) -> str:
+    """An error and what it was raised from, each in one line of at most 500 characters."""
+    text = textwrap.shorten(f"{type(error).__name__}: {error}", 500, placeholder=" ...")
+    return text if error.__cause__ is None else f"{text}, by {_describe(error.__cause__)}"
 
 
 def _sampling_parameters(sampling: Sampling, seed: int | None, log_probs: bool):

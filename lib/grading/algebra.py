@@ -1,8 +1,7 @@
 """Equality of small algebraic expressions, without evaluating any text as code.
 
-An expression is a canonical spelling from `answers.py` (digits, letters, + - * / ^ ( ), pi, and √⟨...⟩). What is too
-large or too general is refused beforehand; the rest is read with `ast.parse`, which only parses, and built node by
-node. sympify, parse_expr, latex2sympy and math-verify hand some of the text to Python's `eval`.
+An expression is a canonical spelling from `answers.py` (digits, letters, + - * / ^ ( ), pi, and √⟨...⟩), read with
+`ast.parse` and built node by node. sympify, parse_expr and latex2sympy hand some of the text to Python's `eval`.
 """
 
 import ast

@@ -1,6 +1,6 @@
 """One spelling for every way of writing an answer, and what can be told from spelling and plain numbers alone.
 
-Nothing is evaluated, and every input is bounded before a pattern sees it. The rules stand below as ordered tables.
+Nothing is evaluated, and every input is bounded before a pattern sees it.
 """
 
 import re
@@ -55,16 +55,7 @@ STRUCTURE = [
 ]
 
 # 3. What remains once the structure is gone.
-SYMBOLS = {
-    "cdot": "*",
-    "times": "*",
-    "infty": "inf",
-    "cup": "u",
-    "le": "≤",
-    "ge": "≥",
-    "ne": "≠",
-    "pm": "±",
-}
+SYMBOLS = {"cdot": "*", "times": "*", "infty": "inf", "cup": "u", "le": "≤", "ge": "≥", "ne": "≠", "pm": "±"}
 REMAINDERS = [
     (r"([0-9]+) +([0-9]+/[0-9]+)", r"(\1+\2)"),  # a mixed number
     (r"([0-9]) +(?=[0-9])", r"\1;"),  # two numbers side by side are neither one number nor a sum
@@ -78,8 +69,7 @@ REMAINDERS = [
 
 # Units. The course has two lists: the words of the long one are removed wherever they stand by themselves, the short
 # ones also where they are glued to a number or stand behind a thin space ("12\,\text{cm}"), with their power. Other
-# words go where `\text` holds them at the end. Single letters need a plain number and a blank before them: "5 m", but
-# 5m is a product.
+# words go where `\text` holds them at the end, single letters behind a plain number and a blank: 5m is a product.
 UNITS = r"""
     mm cm dm km mtr metre meter mt inch inches ft foot feet yard mile mph kmph kmh kg gm lb sq square cu cubic cube unit
     acre hectare second sec minute min hour hr day week month year yr degree deg percent liter litre gallon gal cc ohm
@@ -106,7 +96,7 @@ INTEGER = re.compile(r"[+-]?[0-9]+\.?0*")
 QUOTIENT = re.compile(r"-?[0-9]+/[0-9]+")
 NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?|-?[0-9]+/0*[1-9][0-9]*")
 TUPLE = re.compile(r"[(\[]([^()\[\]]+)[)\]]")
-NAMED = re.compile(r"([a-z]{0,2})=([^=]+)")  # x = 5
+NAMED = re.compile(r"(?:([a-z]{0,2})=(?=[^=]+\Z))?(.*)", re.DOTALL)  # x = 5: its name and its value
 
 
 def rewrite(text: str, rules: Iterable) -> str:
@@ -167,7 +157,7 @@ def number(text: str) -> Fraction | None:
 
 
 def compare_elements(gold: str, answer: str) -> bool | None:
-    """Compare two canonical spellings without commas between parts; None where only a proof can tell.
+    """Compare two canonical spellings; None where only algebra can tell.
 
     As the course has it: an integer wants an integer, and a fraction wants the same fraction (2/4 is not 1/2).
     """
@@ -183,17 +173,10 @@ def compare_elements(gold: str, answer: str) -> bool | None:
     return None if is_algebra(gold, answer) and may_be_equal(gold, answer) else False
 
 
-def elements(text: str) -> list[str]:
-    """Split a tuple or interval into its parts; anything else is one part."""
-    found = TUPLE.fullmatch(text)
-    return found[1].split(",") if found else [text]
-
-
 def compare(gold: str, answer: str) -> bool | list[tuple[str, str]]:
-    """Compare an answer with the gold one.
+    """Return True or False where spelling and numbers settle it, otherwise the pairs that must all be equal by algebra.
 
-    Returns True or False where spelling and numbers settle it, otherwise the pairs (gold, answer) of canonical
-    expressions that must all be equal. An empty answer is never right, not even against an empty gold answer.
+    An empty answer is never right, not even against an empty gold answer.
     """
     gold, answer = gold.strip(), answer.strip()
     if max(len(gold), len(answer)) > LONGEST_ANSWER:
@@ -202,23 +185,22 @@ def compare(gold: str, answer: str) -> bool | list[tuple[str, str]]:
         return bool(canonical(gold))
     if opposites(gold) and opposites(answer) and opposites(gold) != opposites(answer):
         return False
-    gold_text, answer_text = canonical(without_unit(gold)), canonical(without_unit(answer))
-    gold_name, answer_name = NAMED.fullmatch(gold_text), NAMED.fullmatch(answer_text)
-    if gold_name and answer_name and gold_name[1] and answer_name[1] and gold_name[1] != answer_name[1]:
+    gold_name, gold_text = NAMED.fullmatch(canonical(without_unit(gold))).groups()
+    answer_name, answer_text = NAMED.fullmatch(canonical(without_unit(answer))).groups()
+    if gold_name and answer_name and gold_name != answer_name:
         return False
-    gold_text = gold_name[2] if gold_name else gold_text
-    answer_text = answer_name[2] if answer_name else answer_text
     if not gold_text or gold_text == answer_text:
         return bool(gold_text)
 
-    gold_parts, answer_parts = elements(gold_text), elements(answer_text)
+    gold_tuple, answer_tuple = TUPLE.fullmatch(gold_text), TUPLE.fullmatch(answer_text)
+    gold_parts = gold_tuple[1].split(",") if gold_tuple else [gold_text]
+    answer_parts = answer_tuple[1].split(",") if answer_tuple else [answer_text]
     if len(gold_parts) != len(answer_parts):
         return False
     if len(gold_parts) > 1 and (gold_text[0], gold_text[-1]) != (answer_text[0], answer_text[-1]):
         return False
     # Parentheses around the whole may be left out only around an expression: (C) for C, not (Sunday).
-    bare = len(gold_parts) == 1 and (gold_parts == [gold_text]) != (answer_parts == [answer_text])
-    if bare and not is_algebra(*gold_parts, *answer_parts):
+    if len(gold_parts) == 1 and bool(gold_tuple) != bool(answer_tuple) and not is_algebra(*gold_parts, *answer_parts):
         return False
     verdicts = {pair: compare_elements(*pair) for pair in zip(gold_parts, answer_parts, strict=True)}
     if False in verdicts.values():

@@ -5,8 +5,7 @@
     verdict   1. the same text in one spelling   2. the same plain numbers   3. the same expression by algebra
 
 Steps 1 and 2 (`answers.py`) are text only and settle nearly all; for step 3 (`algebra.py`) sympy works in processes of
-its own. math-verify doesn't serve here: it hands text to Python's `eval`, its time limit needs the main thread, and
-0.333333 would pass for 1/3.
+its own. math-verify hands text to Python's `eval`, and takes 0.333333 for 1/3.
 """
 
 import itertools
@@ -22,7 +21,7 @@ from lib.grading.workers import SMALLEST_MEMORY, ask_workers
 
 SETTLED = ()  # the question whose answer is yes
 
-# The lenient reading
+# For the lenient reading
 LENIENT_TAG = re.compile(r"<\s*(/?)\s*answer\s*>", re.IGNORECASE)
 LAST_CHARACTERS = 4000  # of a response, in which its last number is looked for
 NUMBER = re.compile(r"-?\\[dt]?frac ?\{-?[0-9]+\} ?\{[0-9]+\}|-?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?|-?\.[0-9]+")
@@ -31,23 +30,19 @@ SENTENCE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,} +[a-zA-Z]{2,}")
 
 @dataclass(frozen=True)
 class Grade:
-    """How one response was graded.
-
-    `correct`: form and right answer, the course's reward. `undecided`: not correct only because a limit of time or
-    memory was hit, or the worker process died. `lenient`: right by `read_leniently`, which never enters accuracy.
-    """
+    """How one response was graded."""
 
     form: bool
-    correct: bool
-    undecided: bool
-    lenient: bool
+    correct: bool  # form and right answer: the course's reward
+    undecided: bool  # not correct only because a limit of time or memory was hit, or the worker process died
+    lenient: bool  # right by `read_leniently`, which never enters accuracy
 
 
 def r1_zero_reward_fn(response: str, ground_truth, fast: bool = True) -> dict[str, float]:
     """Grade one response: {"reward", "format_reward", "answer_reward"}, each 0.0 or 1.0.
 
     `ground_truth` is the gold answer, a text or a number; of a list of them, one is enough. `fast` is the course's
-    third argument: there False asks math-verify for a second opinion; here both values give the same verdict.
+    third argument and changes nothing here: there False asks math-verify too.
     """
     return grade_many([response], [ground_truth])[0]
 
@@ -56,9 +51,10 @@ def grade_many(
     responses: Sequence[str], ground_truths: Sequence, workers: int | None = None, timeout=2.0, memory_bytes=1 << 30
 ) -> list[dict[str, float]]:
     """Grade responses as `r1_zero_reward_fn` does, in the order given; for the parameters see `grade_in_detail`."""
-    grades = grade_in_detail(responses, ground_truths, workers, timeout, memory_bytes)
-    rewards = [(float(grade.correct), float(grade.form)) for grade in grades]
-    return [{"reward": correct, "format_reward": form, "answer_reward": correct} for correct, form in rewards]
+    return [
+        {"reward": float(grade.correct), "format_reward": float(grade.form), "answer_reward": float(grade.correct)}
+        for grade in grade_in_detail(responses, ground_truths, workers, timeout, memory_bytes)
+    ]
 
 
 def grade_in_detail(
@@ -66,14 +62,13 @@ def grade_in_detail(
 ) -> list[Grade]:
     """Grade responses in the order given; a ground truth is a text, a number or a list of them.
 
-    `timeout` (seconds of processor time) and `memory_bytes` bound each answer that needs a worker process. `workers` is
-    as many as the process has cores where it is None; they stay for the next call, until the process ends.
-    Raises UserError where the lengths differ or a value can't be used.
+    `timeout` (seconds of processor time) and `memory_bytes` bound each answer that needs one of `workers` processes, by
+    default as many as the process has cores. Raises UserError for what can't be used.
     """
     check(responses, ground_truths, workers, timeout, memory_bytes)
     judged = [
-        judge(response, gold_answers(gold, f"grade_many: ground_truths[{number}]"))
-        for number, (response, gold) in enumerate(zip(responses, ground_truths, strict=True))
+        judge(responses[i], gold_answers(gold, f"grade_many: ground_truths[{i}]"))
+        for i, gold in enumerate(ground_truths)
     ]
     questions = {question for _, *readings in judged for reading in readings for question in reading} - {SETTLED}
     equal = {SETTLED: True} | (ask_workers(sorted(questions), workers, timeout, memory_bytes) if questions else {})
@@ -86,7 +81,6 @@ def grade_in_detail(
 
 
 def check(responses, ground_truths, workers, timeout, memory_bytes) -> None:
-    """Raise UserError for what `grade_in_detail` can't use."""
     if isinstance(responses, str) or isinstance(ground_truths, str):
         raise UserError("grade_many: responses and ground_truths must be lists, not one text")
     if len(responses) != len(ground_truths):
@@ -105,8 +99,7 @@ def check(responses, ground_truths, workers, timeout, memory_bytes) -> None:
 def extract_answer(response: str) -> str | None:
     """Return the answer of a response that has the form, or None where there isn't exactly one.
 
-    The course joins what stands before and after `</answer>`; an answer that only exists once joined is none. Units
-    may stand on either side ("12</answer> cm").
+    The course joins what stands before and after `</answer>`: units may ("12</answer> cm"), one answer's parts may not.
     """
     parts = response.split("<answer>")[-1].split("</answer>")
     filled = [part for part in parts if any(map(str.isalnum, part))]
@@ -133,9 +126,8 @@ def boxed(text: str) -> str | None:
 def read_leniently(response: str) -> str | None:
     r"""Return the answer where a tolerant reader would find it, or None where the response has none.
 
-    What follows the last `<answer>` (any case, white space in the tag), up to the next tag or the end; without the tag,
-    the whole response. Of this: what the last `\boxed{...}` holds; or the last number, where there is no tag or a
-    sentence with a single number in it; or all.
+    It is read behind the last `<answer>`, if there is one: what the last `\boxed{...}` holds; or the last number, where
+    there is no tag or a sentence with a single number; or all.
     """
     tags = list(LENIENT_TAG.finditer(response))
     last = max((i for i, tag in enumerate(tags) if not tag[1]), default=None)
@@ -150,8 +142,8 @@ def read_leniently(response: str) -> str | None:
     return found[-1] if found else None
 
 
-def gold_answers(ground_truth, name: str = "ground_truth") -> list[str]:
-    """Return the gold answers as texts, without a box or GSM8K's `####` around them."""
+def gold_answers(ground_truth, name: str) -> list[str]:
+    """Return the gold answers as texts, without a box or GSM8K's `####`."""
     listed = ground_truth.tolist() if hasattr(ground_truth, "tolist") else ground_truth  # of NumPy, pandas, torch
     golds = []
     for gold in listed if isinstance(listed, list | tuple) else [listed]:
@@ -176,9 +168,6 @@ def judge(response: str, golds: list[str]) -> tuple[bool, list[tuple], list[tupl
 
 
 def questions_about(answer: str | None, golds: list[str]) -> list[tuple]:
-    """Return the questions of which one must be answered with yes: `SETTLED` for a right answer, none for a wrong one.
-
-    A question is a tuple of pairs (gold, answer) of expressions that must all be equal by algebra.
-    """
+    """Return the questions of which one must be answered yes: `SETTLED` for a right answer, none for a wrong one."""
     verdicts = [compare(gold, answer) for gold in golds] if answer is not None else []
     return [SETTLED] if True in verdicts else [tuple(verdict) for verdict in verdicts if verdict]

@@ -1,11 +1,13 @@
-"""Worker processes with hard limits of time and memory, which answer whether two expressions are equal.
+"""Worker processes with hard limits of time and memory, which answer whether expressions are equal.
 
-They are plain interpreters that run `prover.py`, not processes of `multiprocessing`: those import the caller's main
-module, can't be started by a daemonic process, and keep a program from ending. A worker ends when its pipe closes, and
-that is when its parent ends, in whatever way.
+A question is a tuple of pairs (gold, answer) that must all be equal. A worker is a plain interpreter that runs this
+file, not a process of `multiprocessing`: those import the caller's main module, can't be started by a daemonic process,
+and keep a program from ending. A worker ends when its pipe closes, and so when its parent ends, in whatever way.
 """
 
+import importlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -15,11 +17,10 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 
-from lib.files import PROJECT_ROOT
-
 SMALLEST_MEMORY = 256 << 20  # bytes: sympy alone takes a good part of it
 MOST_WORKERS = 8
 PATIENCE = 300.0  # seconds by the clock for what takes a few of processor time: only a stopped process takes longer
+PATROL = 5.0  # seconds between two looks whether the parent lives: a fork of it may keep the pipe open
 CANNOT_START = "grade_many: the worker processes can't start"
 PROVER = "lib.grading.algebra"  # the module whose `are_equal` answers
 
@@ -31,10 +32,10 @@ class Worker:
 
     def __init__(self):
         self.pipe, theirs = connection.Pipe()
-        command = [sys.executable, str(Path(__file__).with_name("prover.py"))]
         with theirs:
+            command = [sys.executable, __file__]
             self.process = Popen(command, stdin=theirs.fileno(), stdout=DEVNULL, stderr=DEVNULL)
-        self.pipe.send(([str(PROJECT_ROOT), *sys.path], PROVER))
+        self.pipe.send(([str(Path(__file__).resolve().parents[2]), *sys.path], PROVER))
 
     def ask(self, question: tuple, timeout: float, memory_bytes: int) -> bool | str | None:
         """Return the answer, or why it can't start. Raises EOFError or OSError where it is gone or stands still."""
@@ -54,7 +55,7 @@ class Worker:
 
 def ask_worker(question: tuple, timeout: float, memory_bytes: int) -> bool | None:
     """Ask an idle worker, then new ones: what died may have been killed from outside. For None see `ask_workers`."""
-    for take in (lambda: _pool.pop(0), Worker, Worker):
+    for take in (_pool.pop, Worker, Worker):
         try:
             worker = take()
         except IndexError:  # none is idle
@@ -82,8 +83,7 @@ def ask_workers(
 ) -> dict[tuple, bool | None]:
     """Have worker processes answer the questions, each in `timeout` seconds of processor time and `memory_bytes`.
 
-    None stands for what was not decided: it hit a limit, or two new workers died. Raises RuntimeError with the reason
-    where no worker can start.
+    None: not decided, because it hit a limit or two new workers died. Raises RuntimeError where no worker can start.
     """
     ask = partial(ask_worker, timeout=timeout, memory_bytes=memory_bytes)
     size = min(workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS), len(questions))
@@ -94,9 +94,47 @@ def ask_workers(
 
 
 def stop_workers() -> None:
-    """Stop the idle worker processes, if there are any; the next call that needs some starts new ones."""
+    """Stop the idle worker processes; the next call that needs some starts new ones."""
     while _pool:
         _pool.pop().stop()
 
 
 os.register_at_fork(after_in_child=_pool.clear)  # they belong to the parent
+
+
+def work() -> None:
+    """In a worker: answer the questions that come through the pipe (descriptor 0).
+
+    What takes too long ends the process: the kernel handles the timer's signal, so it stops a computation in C as well.
+    """
+    parent, pipe = os.getppid(), connection.Connection(0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    sys.path[:], module = pipe.recv()
+    try:
+        are_equal = importlib.import_module(module).are_equal
+        are_equal("x+1", "1+x")  # imports sympy before a question's clock runs
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    while True:
+        while not pipe.poll(PATROL):
+            if os.getppid() != parent:
+                return
+        pairs, seconds, memory_bytes = pipe.recv()
+        soft = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            answer = all(are_equal(*pair) for pair in pairs)
+        except Exception:  # no memory, too deep, or an expression that sympy fails at: not decided
+            answer = None
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        pipe.send(answer)
+
+
+if __name__ == "__main__":
+    work()

@@ -34,6 +34,7 @@ def banner(run: Run) -> Styler:
         "training set": "{selected} traces about {selected_problems} problems, template {template}".format(**sizes),
         "training": f"{sizes['train_steps']} steps of {config.batch_size} examples, {config.epochs:g} epochs, "
         f"learning rate {config.learning_rate:g}, {config.precision} over fp32 weights",
+        "memory": str(run.savings),
         "evaluation": f"{sizes['validation_subset']} problems while training, {sizes['validation']} at the end, "
         f"T = {config.temperature}, at most {config.max_new_tokens} tokens",
         "duplicates of traces": "{exact} exact, {near} near, left out: {excluded}".format(**sizes["contamination"]),

@@ -67,6 +67,7 @@ def finish_evaluation(run: Run) -> list[dict]:
             splits["subset"] = [record for record in result.records if record["id"] in run.subset_ids]
             for split, records in splits.items():
                 parts.append((line | {"split": split} | evaluation.summarize(records), records))
+        run.let_engine_rest()
         lines = run.tracker.log_evaluation(parts)
         failed = max(line["failed"] for line in lines)
         if failed and final:

@@ -42,8 +42,9 @@ def start(run: Run) -> str:
         if config.eval_device != config.train_device:
             run.engine = start_engine(run, run.log_file)  # goes on while the policy is loaded
         with captured(run.log_file):
-            run.policy = load_policy(config.model, config.train_device, config.trust_remote_code, config.revision)
-        run.optimizer = make_optimizer(run.policy, config.weight_decay)
+            own = config.trust_remote_code, config.revision, run.savings.recompute
+            run.policy = load_policy(config.model, config.train_device, *own)
+            run.optimizer = make_optimizer(run.policy, config.weight_decay, run.savings.optimizer)
         checkpoint.remove_partial(config.run_dir)
         if found is not None:
             checkpoint.restore(found, run.policy, run.optimizer)
@@ -67,7 +68,8 @@ def training_steps(run: Run) -> Iterator[Step]:
     run.checkpoints = checkpoint.Schedule(config.checkpoint_interval, run.evaluation_steps, checkpoint.size(run.policy))
     if done and evaluation_due(run, done):
         evaluate_policy(run, run.tracker.metrics[-1])
-    yield from steps(run.batches, config.optimization, run.sizes["selected"], done)
+    run.let_engine_rest()
+    yield from steps(run.batches, run.optimization, run.sizes["selected"], done)
 
 
 def record(run: Run, step: Step) -> dict:

@@ -1,15 +1,16 @@
 """Before a run starts: its data read and checked, its examples chosen, its batches cut."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers import AutoConfig
 
 from lib.data import find_contamination, load_evaluation_problems, load_examples, select_examples, stratified_subset
 from lib.environment import describe_environment
-from lib.evaluation.engine import Engine, begin_vllm
+from lib.evaluation.engine import DTYPES, Engine, begin_vllm
 from lib.evaluation.evaluate import encode_prompts
 from lib.evaluation.form import check_form
-from lib.evaluation.memory import model_shape, policy_bytes
+from lib.evaluation.memory import ENOUGH_AT_ONCE, SPARE, Savings, card_memory, engine_bytes, model_shape, plan_savings
 from lib.evaluation.replica import Replica, start_replicas
 from lib.files import UserError
 from lib.model_files import hub_commit
@@ -17,6 +18,7 @@ from lib.run.run import Run
 from lib.settings import RunConfig
 from lib.training.batching import encode, make_batches
 from lib.training.policy import load_tokenizer
+from lib.training.steps import check_optimizer
 
 SUBSET_SEED = 0  # the validation subset is the same for every run, whatever its seed: runs are compared on it
 
@@ -53,7 +55,10 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
     check_form(tokenizer, config.model)
     sequences = encode(training.examples, tokenizer, config.max_length)
     batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
-    environment = describe_environment(config.train_device, config.eval_device)
+    prompts = encode_prompts(problems, template, tokenizer)
+    savings = _plan_savings(config, max(map(len, prompts)) + config.max_new_tokens)
+    check_optimizer(savings.optimizer)
+    environment = describe_environment(config.train_device, config.eval_device) | {"memory": asdict(savings)}
     run = Run(
         config=config,
         replicas=replicas,
@@ -70,9 +75,10 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
         },
         batches=batches,
         problems=problems,
-        prompts=encode_prompts(problems, template, tokenizer),
+        prompts=prompts,
         subset_ids={p.id for p in subset},
         shown_ids={p.id for p in shown},
+        savings=savings,
     )
     model = AutoConfig.from_pretrained(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -88,6 +94,21 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
     return run
 
 
+def _plan_savings(config: RunConfig, context: int) -> Savings:
+    """What the training card's size makes necessary, for responses of at most `context` tokens with their prompts."""
+    asked = config.model_dump(include={"microbatch_tokens", "optimizer", "recompute"})
+    if config.train_device == "cpu":
+        return Savings(asked["optimizer"] or "adamw", bool(asked["recompute"]), False, asked["microbatch_tokens"])
+    total, _ = card_memory(config.train_device)
+    shape = model_shape(config.model, config.trust_remote_code, config.revision)
+    if config.train_device != config.eval_device:
+        return replace(plan_savings(total, shape, **asked), reserved=0)
+    share, size = config.gpu_memory_utilization, DTYPES[config.precision].itemsize
+    one = engine_bytes(shape, size, context, ENOUGH_AT_ONCE) / SPARE
+    beside = int(share * total if share else one * (config.engines or 1))
+    return plan_savings(total, shape, **asked, engine=beside, may_sleep=not config.eval_beside_training)
+
+
 def longest_evaluation(run: Run) -> int:
     """Tokens of the longest prompt and response together: the context that the engine must hold."""
     return max(map(len, run.prompts)) + run.config.max_new_tokens
@@ -95,11 +116,8 @@ def longest_evaluation(run: Run) -> int:
 
 def start_engine(run: Run, log_file: Path) -> Engine:
     """Begin to start an engine for the run's model, with room for its longest prompt and response."""
-    config, reserved = run.config, 0
+    config = run.config
     replicas, run.replicas = run.replicas, []  # they are the engine's from now on
-    if config.eval_device == config.train_device != "cpu":
-        shape = model_shape(config.model, config.trust_remote_code, config.revision)
-        reserved = policy_bytes(shape, config.microbatch_tokens)
     same = {"precision", "seed", "gpu_memory_utilization", "engines", "trust_remote_code", "revision"}
     return begin_vllm(
         config.model,
@@ -107,8 +125,9 @@ def start_engine(run: Run, log_file: Path) -> Engine:
         config.train_device,
         log_file=log_file,
         max_model_len=longest_evaluation(run),
-        reserved_bytes=reserved,
+        reserved_bytes=run.savings.reserved,
         replicas=replicas,
         timeout=config.engine_timeout,
         **config.model_dump(include=same),
+        **({"enable_sleep_mode": True} if run.savings.sleep else {}),
     )

@@ -7,19 +7,20 @@ import json
 import logging
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from lib.data import Problem, Template
-from lib.evaluation.engine import Engine, shutdown
+from lib.evaluation.engine import Engine, rest, shutdown
+from lib.evaluation.memory import Savings
 from lib.evaluation.replica import Replica, Sampling
 from lib.files import shorten_path
 from lib.grading import stop_workers
 from lib.run import lock as locks
 from lib.run.tracker import Tracker
-from lib.settings import RunConfig
+from lib.settings import Optimization, RunConfig
 from lib.training.batching import Sequence
 from lib.training.checkpoint import Schedule
 from lib.training.steps import evaluation_steps, out_of_memory
@@ -45,6 +46,7 @@ class Run:
     prompts: list[list[int]]
     subset_ids: set[str]
     shown_ids: set[str]
+    savings: Savings
     tracker: Tracker | None = None
     policy: torch.nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
@@ -59,6 +61,15 @@ class Run:
     @property
     def log_file(self) -> Path:
         return self.config.run_dir / "run.log"
+
+    @property
+    def optimization(self) -> Optimization:
+        return replace(self.config.optimization, microbatch_tokens=self.savings.microbatch_tokens)
+
+    def let_engine_rest(self) -> None:
+        """Where the card is too small for both, the engine gives its memory to the policy until it gets new weights."""
+        if self.savings.sleep:
+            rest(self.engine)
 
     @property
     def evaluation_steps(self) -> set[int]:

@@ -175,8 +175,10 @@ def connect(address: str, folder: Path, settings: dict) -> None:
     """Start or reach the cluster, and send the project; what Ray says goes to ray.log in the study's folder."""
     log, logger = folder / "ray.log", logging.getLogger("ray")
     logger.handlers = []
-    # Ray's workers are nice to others (15), and so would be their runs: not on a cluster of this study alone.
-    own = {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+    # Ray's workers are nice to others (15), and so would be their runs: not on a cluster of this study alone. Nor are
+    # workers of use that start before they know the project.
+    system = {"worker_niceness": 0, "enable_worker_prestart": False, "prestart_worker_first_driver": False}
+    own = {"include_dashboard": False, "_system_config": system}
     options = own if address == "local" else {}
     if address not in ("local", "auto"):
         check_head(address)

@@ -52,8 +52,8 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, every: float = 30.0) 
     outcome = Outcome()
     progress = Progress([run for run in runs if not run.is_kept(folder)], every)
     waiting = [(f"[{place}/{len(runs)}] {run.name:<10}", run) for place, run in enumerate(runs, start=1)]
-    if machine.longest_first:  # so that no long run is left alone at the end
-        waiting.sort(key=lambda pair: -work(pair[1]))
+    if machine.longest_first:  # of each seed, so that no long run is left alone at the end
+        waiting.sort(key=lambda pair: (pair[1].parameters.get("seed", 0), -work(pair[1])))
     jobs: list[Job] = []
     try:
         with progress.bars:

@@ -46,8 +46,11 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
     if not left:
         return
     quiet_libraries(log_file)
+    savings = runs[batch_sizes[0]].savings
     with captured(log_file):
-        policy = load_policy(config.model, config.train_device, config.trust_remote_code, config.revision)
+        policy = load_policy(
+            config.model, config.train_device, config.trust_remote_code, config.revision, savings.recompute
+        )
     base = copy.deepcopy(policy.state_dict())
     engine = start_engine(runs[batch_sizes[0]], log_file)
     try:
@@ -94,8 +97,9 @@ def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> N
 def _train_and_evaluate(policy: torch.nn.Module, run: Run) -> tuple[dict, list[dict]]:
     """The line of one point of the grid, and a record (without its text) for each tuning problem."""
     config, started = run.config, time.perf_counter()
-    optimizer = make_optimizer(policy, config.weight_decay)
-    metrics = list(train_steps(policy, optimizer, run.batches, config.optimization, run.sizes["selected"]))
+    optimizer = make_optimizer(policy, config.weight_decay, run.savings.optimizer)
+    run.let_engine_rest()
+    metrics = list(train_steps(policy, optimizer, run.batches, run.optimization, run.sizes["selected"]))
     load_policy_into_vllm_instance(policy, run.engine)
     prove_sync(policy, run.engine, run.prompts[:PROOF_PROMPTS])
     records = answer(run, final=False, seed=config.seed)["sampled"].records

@@ -1,7 +1,7 @@
 """Checkpoints of a run: `<run>/checkpoints/step-000024/`, of which only the newest is kept.
 
-It holds the fp32 master weights, AdamW's moments, and `state.json`. Order of the data and learning rate follow from
-seed and step, and training draws no random numbers.
+It holds the fp32 master weights, AdamW's moments (of 8 bits: codes and scales), and `state.json`. Order of the data and
+learning rate follow from seed and step, and training draws no random numbers.
 """
 
 import contextlib
@@ -83,7 +83,11 @@ def save(run_dir: Path, step: int, policy: torch.nn.Module, optimizer, state: di
     final = run_dir / FOLDER / f"step-{step:06d}"
     if shutil.disk_usage(run_dir).free < size(policy):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final))
-    tensors = {f"{index}.{name}": t for index, values in moments.items() for name, t in values.items()}
+    tensors = {}
+    for index, values in moments.items():
+        for name, tensor in values.items():
+            parts = {f".{part}": getattr(tensor, part) for part in ("codes", "scale") if hasattr(tensor, part)}
+            tensors |= {f"{index}.{name}{part}": t for part, t in (parts or {"": tensor}).items()}
     remove_partial(run_dir)
     with whole_folder(final) as folder:
         _write_tensors(folder / "policy.safetensors", dict(named_weights(policy)))
@@ -99,13 +103,32 @@ def restore(checkpoint: Path, policy: torch.nn.Module, optimizer) -> None:
     """Put policy and optimizer back to where they were at `save`."""
     moments: dict[int, dict] = {}
     with _readable(checkpoint):
+        stored = load_file(checkpoint / "optimizer.safetensors")
+        found = "adamw8bit" if any(name.endswith(".codes") for name in stored) else "adamw"
+    if (found == "adamw") != isinstance(optimizer, torch.optim.AdamW):
+        raise UserError(
+            f"resume: the checkpoint {shorten_path(checkpoint)} was made with optimizer={found!r}; ask for it"
+        )
+    with _readable(checkpoint):
         weights = load_file(checkpoint / "policy.safetensors")
         for name, tensor in named_weights(policy):
             tensor.copy_(weights[name])
-        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
-            index, _, key = name.partition(".")
-            moments.setdefault(int(index), {})[key] = tensor
+        for name, tensor in stored.items():
+            index, key, *part = name.split(".")
+            if part == ["codes"]:
+                tensor = _of_8_bits(tensor, stored[f"{index}.{key}.scale"], signed=key == "exp_avg")
+            if part != ["scale"]:
+                moments.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _of_8_bits(codes: torch.Tensor, scale: torch.Tensor, signed: bool) -> torch.Tensor:
+    """A moment of torchao's optimizer: codes of its blocks, and a scale for each."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    moment = OptimState8bit.zeros(codes.shape, signed, codes.numel() // scale.numel(), dtype=torch.float32)
+    moment.codes, moment.scale = codes, scale
+    return moment
 
 
 def remove_partial(run_dir: Path) -> None:

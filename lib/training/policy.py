@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as compiler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lib.files import UserError
 from lib.training import attention
@@ -29,8 +30,13 @@ def load_tokenizer(model: str, trust_remote_code: bool = False, revision: str | 
     return tokenizer
 
 
-def load_policy(model: str, device: str, trust_remote_code: bool = False, revision: str | None = None) -> nn.Module:
-    """Load a causal LM from a hub id or a folder (safetensors only), in fp32, on `device`, without dropout."""
+def load_policy(
+    model: str, device: str, trust_remote_code: bool = False, revision: str | None = None, recompute: bool = False
+) -> nn.Module:
+    """Load a causal LM from a hub id or a folder (safetensors only), in fp32, on `device`, without dropout.
+
+    `recompute`: each layer of the decoder keeps its input alone and runs again in the backward pass, a third more work.
+    """
     # fp32: at the learning rates of fine-tuning most updates are smaller than bf16 can resolve.
     own = {"trust_remote_code": trust_remote_code, "revision": revision}
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True, **own)
@@ -39,6 +45,8 @@ def load_policy(model: str, device: str, trust_remote_code: bool = False, revisi
     if policy.config._attn_implementation != attention.NAME:  # transformers only warns
         raise UserError(f"model={model!r}: its architecture takes no other attention, which packed sequences need")
     _check_packing(policy, model)
+    if recompute:
+        _recompute_layers(policy, model)
     if device != "cpu":  # a small model on a CPU would not win the time of compiling back
         # Norms, the MLP's product of gate and value, and bf16 copies of weights are computed again in the backward pass
         # instead of kept: a third of a layer's memory at the 1.5 B shape. No matrix product is, nor attention.
@@ -46,6 +54,17 @@ def load_policy(model: str, device: str, trust_remote_code: bool = False, revisi
         for layer in getattr(policy.get_decoder(), "layers", ()):
             layer.compile(dynamic=True)  # lengths differ from microbatch to microbatch
     return policy
+
+
+def _recompute_layers(policy: nn.Module, model: str) -> None:
+    if not policy.supports_gradient_checkpointing:
+        raise UserError(f"recompute=True: the architecture of model={model!r} does not offer it")
+    # No dropout: no random numbers to draw again. A compiled layer runs as a whole: nothing to stop early for.
+    how = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": False}
+    policy.gradient_checkpointing_enable(how)
+    for layer in policy.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True  # transformers asks the layer itself, and no dropout inside it sees this
 
 
 def _check_packing(policy: nn.Module, model: str) -> None:

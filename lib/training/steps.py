@@ -3,6 +3,7 @@
 `steps` deals out the batches; `notebooks/train.ipynb` takes the steps on its page, `train_steps` for everyone else.
 """
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from lib.files import UserError
 from lib.settings import Optimization
 from lib.training.batching import Microbatch, Sequence, make_microbatches
 from lib.training.policy import backward, forward
@@ -24,9 +26,36 @@ class TrainingError(RuntimeError):
     """Training can't go on; the message says where it stopped and what to change."""
 
 
-def make_optimizer(policy: torch.nn.Module, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW over all weights; each step sets its own learning rate (see `learning_rates`)."""
-    return torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+def make_optimizer(policy: torch.nn.Module, weight_decay: float = 0.0, kind: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW over all weights; each step sets its own learning rate (see `learning_rates`).
+
+    'adamw8bit': torchao's, whose moments take one byte each, in blocks of 256 with a scale (Dettmers et al.,
+    arXiv:2110.02861). The weights and their gradients stay fp32, 10 bytes a parameter instead of 16: 1.5 B of them are
+    15.4 GB, which leaves 24 GB enough for packed batches and an engine that sleeps. bf16 weights would take 6 bytes,
+    but an update at the learning rate 3e-6 is some 1/10,000 of a weight and bf16 resolves 1/256: rounded to the nearest
+    it is lost, rounded stochastically it is right only on average. fp32 weights take it as it is.
+    """
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": weight_decay}
+    if kind == "adamw":
+        return torch.optim.AdamW(policy.parameters(), **settings, fused=True)
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(policy.parameters(), **settings)
+
+
+def check_optimizer(kind: str) -> None:
+    """UserError where the optimizer's library is missing."""
+    if kind == "adamw8bit" and importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            "optimizer='adamw8bit', asked for or chosen because the card is small: torchao is not installed; "
+            "pip install -e '.[small-gpu]'"
+        )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of the next step; torchao's optimizers are compiled and take it as a tensor."""
+    group = optimizer.param_groups[0]
+    group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
 
 
 def learning_rates(total_steps: int, peak: float, warmup_ratio: float = 0.0) -> list[float]:
@@ -125,7 +154,7 @@ def train_steps(policy, optimizer, batches, settings: Optimization, n_examples: 
                 states = forward(policy, microbatch, settings.precision)
                 step.add(*backward(policy, states, microbatch, step.response_tokens, settings.precision))
             step.check(clip_grad_norm_(policy.parameters(), settings.gradient_clip))
-            optimizer.param_groups[0]["lr"] = step.learning_rate
+            set_learning_rate(optimizer, step.learning_rate)
             optimizer.step()
             optimizer.zero_grad()
         except torch.OutOfMemoryError as error:

@@ -1,10 +1,11 @@
 """The benchmark's arithmetic by a second route, and what becomes of variants that fail. Nothing is timed here."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import nbformat
 import pytest
@@ -12,10 +13,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from lib.benchmark import evaluation, processes, profile, rows, show, training
+from lib.benchmark import cards, evaluation, processes, profile, rows, show, training
 from lib.benchmark.__main__ import MEASURES
+from lib.evaluation import memory
 from lib.evaluation.replica import EngineError
 from lib.files import PROJECT_ROOT, UserError, append_lines
+from lib.run import life_cycle
 from lib.training.batching import Sequence
 
 NOTEBOOK = PROJECT_ROOT / "notebooks" / "benchmark.ipynb"
@@ -77,6 +80,35 @@ def test_a_step_is_timed_over_its_own_tokens_after_the_warm_up(data_dir, tiny_mo
     row = training.summarize_steps(steps, batches, model, settings)
     assert (row["lowest"], row["tokens_per_second"], row["highest"]) == (50, 75, 100)
     assert row["utilisation"] is None and row["peak_gb"] is None
+
+
+def test_a_card_s_row_is_a_run_of_its_own(data_dir, tiny_model, tmp_path, monkeypatch):
+    """Without an engine: what it would answer is made up. The limit is set before the run is planned."""
+    settings = settings_of(data_dir, tiny_model, tmp_path, "memory")
+    settings = replace(settings, variants=["24 GB"], memory_steps=3, memory_problems=8, max_new_tokens=64)
+    monkeypatch.setattr(life_cycle, "start_engine", lambda run, log_file: None)
+    monkeypatch.setattr(life_cycle, "wait_until_ready", lambda engine: None)
+    monkeypatch.setattr(cards, "evaluate_policy", lambda run, position: None)
+    monkeypatch.setattr(cards, "final_evaluation", lambda run: {"n": len(run.problems), "accuracy": 0.25})
+    monkeypatch.setattr(cards, "finish", lambda run: None)
+    monkeypatch.setattr(memory, "limit", None)
+    cards.measure_memory(settings)
+    (row,) = rows.read_rows(tmp_path)
+    assert memory.limit == 24e9 and "error" not in row
+    assert row["savings"].startswith("adamw, activations kept") and row["tokens_per_second"] > 0
+    assert (row["problems"], row["accuracy"]) == (8, 0.25) and row["mean_loss"] > 0
+    monkeypatch.setattr(life_cycle, "start_engine", lambda run, log_file: torch.ones(-1))
+    cards.measure_memory(replace(settings, variants=["16 GB"]))
+    assert "fails in start: Trying to create tensor" in rows.read_rows(tmp_path)[-1]["error"]
+
+
+def test_each_card_has_a_process_and_a_gpu_of_its_own(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(cards.subprocess, "run", lambda command, env, **_: told.append((json.loads(command[-1]), env)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    cards.measure_memory(rows.Settings("memory", "a model", "data", str(tmp_path / "memory.jsonl")))
+    assert {settings["variants"][0] for settings, _ in told} == set(rows.MEMORY) and len(told) == len(rows.MEMORY)
+    assert {environment["CUDA_VISIBLE_DEVICES"] for _, environment in told} <= {"3", "5"}
 
 
 # --- Rows and tables -------------------------------------------------------------------------------------------------

@@ -56,7 +56,6 @@ def test_data_without_levels_or_subjects_have_no_counts_by_them():
     summary = summarize([record("correct", subject=None), record("wrong", level=None)])
     assert summary["by_level"] == {"Level 1": {"n": 1, "correct": 1, "format": 1}}
     assert summary["by_subject"] == {"Algebra": {"n": 1, "correct": 0, "format": 1}}
-    assert summary["by_subject_and_level"] == {}
 
 
 def test_several_samples_of_a_problem_are_no_several_problems():

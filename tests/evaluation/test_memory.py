@@ -4,7 +4,20 @@ import pytest
 from transformers import Qwen2Config
 
 from lib.evaluation import memory
-from lib.evaluation.memory import BESIDE_WEIGHTS, GIB, Shape, model_shape, plan_share, policy_bytes
+from lib.evaluation.memory import (
+    ASLEEP,
+    BESIDE_WEIGHTS,
+    BYTES,
+    ENOUGH_AT_ONCE,
+    GIB,
+    SPARE,
+    Shape,
+    engine_bytes,
+    model_shape,
+    plan_savings,
+    plan_share,
+    policy_bytes,
+)
 from lib.evaluation.replica import EngineError
 from lib.training.policy import load_policy
 
@@ -80,6 +93,58 @@ def test_a_policy_needs_about_what_was_measured():
     """45.0 GB with 16,158 tokens in one microbatch, when no gradient was there yet (12 bytes a parameter)."""
     assert policy_bytes(QWEN, 16_158, bytes_a_parameter=12) == pytest.approx(45.0e9, rel=0.03)
     assert policy_bytes(QWEN, 16_158, recompute=True) < 0.7 * policy_bytes(QWEN, 16_158)
+
+
+def savings(total: float, beside: bool = True, **settings):
+    engine = int(engine_bytes(QWEN, 2, 1324, ENOUGH_AT_ONCE) / SPARE) if beside else 0
+    asked = {"microbatch_tokens": 16_384, "engine": engine, "may_sleep": beside} | settings
+    return plan_savings(int(total * 1e9), QWEN, **asked)
+
+
+@pytest.mark.parametrize(
+    ("total", "beside", "expected"),
+    [
+        (85, True, ("adamw", False, False, 16_384)),
+        (80, True, ("adamw", False, False, 16_384)),
+        (80, False, ("adamw", False, False, 16_384)),
+        (60, True, ("adamw", False, True, 16_384)),
+        (40, True, ("adamw", True, True, 16_384)),
+        (24, True, ("adamw8bit", True, True, 16_384)),
+        (24, False, ("adamw8bit", True, False, 16_384)),
+        (20.5, True, ("adamw8bit", True, True, 4096)),
+        (16, True, ("adamw8bit", True, True, 2048)),  # does not fit; training says so
+    ],
+)
+def test_a_card_saves_what_it_has_to(total, beside, expected):
+    plan = savings(total, beside)
+    assert (plan.optimizer, plan.recompute, plan.sleep, plan.microbatch_tokens) == expected
+    needed = policy_bytes(QWEN, plan.microbatch_tokens, BYTES[plan.optimizer], plan.recompute)
+    assert (needed + plan.sleep * ASLEEP <= total * 1e9) == (total > 16)
+
+
+@pytest.mark.parametrize("total", [24, 40, 80])
+def test_an_engine_that_sleeps_wakes_into_what_the_idle_policy_leaves(total):
+    """Weights in fp32 and moments stay; there is cache for a good number of responses."""
+    policy = savings(total)
+    awake = plan(total / 1.0737, reserved=policy.reserved)  # GB to GiB
+    assert awake.cache_bytes + 2 * QWEN.parameters + BESIDE_WEIGHTS + policy.reserved <= total * 1e9
+    assert awake.at_once >= ENOUGH_AT_ONCE
+
+
+def test_what_is_asked_for_stays():
+    assert savings(24, optimizer="adamw").optimizer == "adamw"
+    assert savings(40, optimizer="adamw8bit", recompute=False).recompute is False
+    assert savings(80, recompute=True, optimizer="adamw8bit").reserved == policy_bytes(QWEN, 16_384, 10, True)
+    assert not savings(24, may_sleep=False).sleep
+
+
+def test_a_limit_makes_a_card_smaller(monkeypatch):
+    """What is taken of the whole card counts against the limit."""
+    monkeypatch.setattr(memory.subprocess, "check_output", lambda *_, **__: "80000, 70000")
+    monkeypatch.setattr(memory, "limit", 24_000 << 20)
+    assert memory.card_memory("cuda:0") == (24_000 << 20, 14_000 << 20)
+    monkeypatch.setattr(memory, "limit", 8_000 << 20)
+    assert memory.card_memory("cuda:0") == (8_000 << 20, 0)
 
 
 def test_a_cards_memory_is_what_the_driver_says(monkeypatch, tmp_path):

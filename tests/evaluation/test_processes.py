@@ -103,7 +103,7 @@ def test_one_process_with_other_weights_is_found_out(pair, policy, prompts):
 
 
 def test_an_error_comes_with_its_reason_and_the_log(pair):
-    with pytest.raises(EngineError, match=r"AttributeError: .*no_such_call.*log: engine.log"):
+    with pytest.raises(EngineError, match=r"AttributeError: .*no_such_call.*log: .*engine.log"):
         pair.replicas[0].call("no_such_call")
     assert "Traceback" in pair.log_file.read_text()
 
@@ -140,7 +140,7 @@ def test_a_call_under_way_ends_with_the_engine(process):
         process.call("ask", "generate")
 
 
-def test_the_log_says_why_a_process_ended():
+def test_the_log_says_why_a_process_ended(tmp_path):
     ours, theirs = replicas.Pipe()
     program = "import sys; print('torch.OutOfMemoryError: CUDA out of memory'); print('at exit'); sys.exit(3)"
     output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (closed with the test)
@@ -149,8 +149,12 @@ def test_the_log_says_why_a_process_ended():
     )
     theirs.close()
     replica = replicas.Replica(ours, child, output)
-    with pytest.raises(EngineError, match=r"ended with status 3: torch\.OutOfMemoryError: CUDA out of memory"):
-        replica.result()
+    replica.log_file = tmp_path / "engine.log"  # which it did not live to hear of
+    why = r"ended with status 3: torch\.OutOfMemoryError: CUDA out of memory \(its log: .*engine\.log\)"
+    for _ in range(2):
+        with pytest.raises(EngineError, match=why):
+            replica.result()
+    assert replica.log_file.read_text().count("at exit") == 1
     replica.close()
 
 
@@ -277,6 +281,25 @@ def test_engines_on_a_gpu_are_told_their_memory_and_their_way_of_weights(
             asked["kv_cache_memory_bytes"] + weights + (3 << 30)
         )
         assert asked["gpu_memory_utilization"] * (80 << 30) < left
+
+
+def test_a_replica_that_refuses_weights_is_heard(monkeypatch, tmp_path):
+    """The other end waits inside NCCL for it, with no end: the reason must not wait there too."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    def refuse(*call):
+        raise EngineError(f"no {call[1]}")
+
+    stop = threading.Event()
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: stop.wait(20.0))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    replica = SimpleNamespace(call=refuse, is_alive=lambda: True, timeout=10.0)
+    engine = engines.Engine([replica], "cuda:1", "cuda:0", "bf16", tmp_path / "engine.log", 0.0)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match="no init_weight_transfer_engine"):
+        ways._watched(engine, lambda: ways._send_to_gpu(torch.nn.Linear(2, 3), engine))
+    assert time.monotonic() - started < 15.0
+    stop.set()
 
 
 def test_weights_go_to_each_replica_of_a_gpu_and_are_let_go(monkeypatch, tmp_path):

@@ -5,7 +5,9 @@ import json
 import signal
 import socket
 import subprocess
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -41,11 +43,19 @@ EACH = ["--cpus-per-run", "1"]
 @pytest.fixture(scope="module")
 def nodes():
     """A head and another node, each with room for two runs."""
-    calm = {"worker_niceness": 0}
-    both = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, "node_name": "head", "_system_config": calm})
-    both.add_node(num_cpus=2, node_name="second")
+    both = Nodes()
+    add_node(both, "head", 2, _system_config={"worker_niceness": 0})
+    add_node(both, "second", 2)
     yield both
     both.shutdown()
+
+
+def add_node(nodes: Nodes, name: str, cpus: int, **options):
+    """A node with a folder of its own, as on a machine of its own: a node deletes a copy of the code that it finds."""
+    place = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # sockets want a short path
+    node = nodes.add_node(num_cpus=cpus, node_name=name, temp_dir=place.name, **options)
+    node.place = place
+    return node
 
 
 @pytest.fixture(autouse=True)
@@ -132,9 +142,9 @@ def test_two_studies_on_one_cluster_do_not_mix(stub, tmp_path, nodes):
 
 def test_a_run_has_the_cores_of_its_task_and_no_other_gpu(stub, tmp_path, nodes):
     made(stub, tmp_path / "runs", "--sizes", "128", "--ray", nodes.address, "--cpus-per-run", "2")
-    visit = json.loads((tmp_path / "runs/n128/visits.jsonl").read_text())
-    assert (visit["OMP_NUM_THREADS"], visit["CUDA_VISIBLE_DEVICES"]) == ("2", "")
-    assert visit["cwd"] == str(PROJECT_ROOT), "the same code at the same place is used where it is"
+    run = tmp_path / "runs/n128"
+    assert (seen(run, "OMP_NUM_THREADS"), seen(run, "CUDA_VISIBLE_DEVICES")) == ("2", "")
+    assert seen(run, "cwd") == str(PROJECT_ROOT), "the same code at the same place is used where it is"
 
 
 def test_other_code_on_the_nodes_is_not_used(stub, tmp_path, nodes, monkeypatch):
@@ -144,7 +154,7 @@ def test_other_code_on_the_nodes_is_not_used(stub, tmp_path, nodes, monkeypatch)
     folder = tmp_path / "runs"
     outcome = made(stub, folder, "--sizes", "128", *data, "--ray", nodes.address, *EACH)
     assert outcome.finished == ["n128"]
-    place = Path(json.loads((folder / "n128/visits.jsonl").read_text())["cwd"])
+    place = Path(seen(folder / "n128", "cwd"))
     assert place != PROJECT_ROOT and (place / "lib/study/cluster.py").read_text() == Path(cluster.__file__).read_text()
     assert (place / "tests/study/test_cluster.py").is_file() and not (place / "README.md").exists()
 
@@ -172,6 +182,38 @@ def test_points_of_a_tuning_are_tasks(stub, tmp_path, nodes, stub_tuning, monkey
     assert sorted(path.name for path in folder.glob("tuning*")) == ["tuning", "tuning.ipynb"]
 
 
+# --- A host with two GPUs ------------------------------------------------------------------------------------------
+
+
+def test_two_gpus_of_one_host(stub, tmp_path, monkeypatch):
+    """Seed 0 without Ray, then the other seeds with it in the same folder: one-GPU runs two at a time, seed by seed,
+    and one that has both. The GPUs are not there; Ray deals them out all the same."""
+    monkeypatch.setattr(ray, "init", partial(ray.init, num_gpus=2, num_cpus=4))
+    folder, mini = tmp_path / "runs", ["--profile", "mini"]
+    sizes = [*mini, "--sizes", "128", "256", "-p", "base_after", "0", "-p", "sleep", "1.5"]
+    first = made(stub, folder, *sizes, "--jobs", "2")
+    assert first.finished == ["n128", "n256"]
+
+    second = made(stub, folder, *sizes, "--seeds", "0", "1", "2", "--ray", "--gpus-per-run", "1")
+    names = [f"n{n}-seed{seed}" for seed in (1, 2) for n in (256, 128)]
+    assert (sorted(second.kept), sorted(second.finished)) == (["n128", "n256"], sorted(names))
+    assert (folder / "base-0123/measured_by").read_text() == "n128\n", "once, without Ray"
+    assert {seen(folder / name, "CUDA_VISIBLE_DEVICES") for name in names} == {"0", "1"}
+    assert {seen(folder / name, "OMP_NUM_THREADS") for name in names} == {"2"}, "its share of four cores"
+    begun = {name: started(folder / name) for name in names}
+    at_once = [sum(begun[b] <= begun[a] < ended(folder / b) for b in names) for a in names]
+    assert max(at_once) == 2
+    assert max(begun[name] for name in names[:2]) < min(begun[name] for name in names[2:]), "seed 1 before seed 2"
+
+    assert made(stub, folder, *mini, "--sizes", "512", "--ray").finished == ["n512"]
+    assert seen(folder / "n512", "CUDA_VISIBLE_DEVICES") == "0,1", "both, unless one is asked for"
+
+
+def seen(run: Path, name: str) -> str:
+    """A variable of the environment that a run found."""
+    return json.loads((run / "visits.jsonl").read_text())[name]
+
+
 # --- Faults --------------------------------------------------------------------------------------------------------
 
 
@@ -180,13 +222,13 @@ def test_a_node_that_dies_in_the_middle_of_a_run(stub, tmp_path, nodes, where):
     """The only node with room dies; the run waits for another one and is made again there."""
     folder = tmp_path / "runs"
     put_base(folder)
-    doomed = nodes.add_node(num_cpus=3, node_name="doomed")
+    doomed = add_node(nodes, "doomed", 3)
     more = 'from lib.study import cluster; cluster.MARKER = ".nobody-looks-here"' if where == "apart" else ""
     words = ["--runs-dir", str(folder), "--sizes", "128", "--ray", nodes.address, "--cpus-per-run", "3"]
     study = start_study(stub, *words, "-p", "sleep", "8", more=more, stdout=subprocess.PIPE, text=True)
     kernel = wait_for_kernel(folder)
     nodes.remove_node(doomed, allow_graceful=False)
-    spare = nodes.add_node(num_cpus=3, node_name="spare")
+    spare = add_node(nodes, "spare", 3)
     try:
         said, _ = study.communicate(timeout=120)
     finally:

@@ -1,5 +1,6 @@
 """The course's functions against a second route, and the training path against them: loss and gradients."""
 
+import importlib.util
 import math
 import time
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from lib.data import Example, load_examples
 from lib.files import UserError
 from lib.settings import resolve
+from lib.training import checkpoint
 from lib.training import policy as policy_module
 from lib.training import reference as losses
 from lib.training.batching import (
@@ -26,7 +28,15 @@ from lib.training.batching import (
     shared_prefix_length,
 )
 from lib.training.policy import backward, forward, load_policy, load_tokenizer, named_weights, response_log_probs
-from lib.training.steps import TrainingError, evaluation_steps, learning_rates, make_optimizer, train_steps
+from lib.training.steps import (
+    TrainingError,
+    check_optimizer,
+    evaluation_steps,
+    learning_rates,
+    make_optimizer,
+    set_learning_rate,
+    train_steps,
+)
 
 PROMPTS, OUTPUTS = ["What is 2 + 3?", "Compute 12."], [" 5", " 12 = 3 \\cdot 4 </answer>"]
 
@@ -364,3 +374,78 @@ def test_weights_are_named_once_without_compile_prefix(model):
     assert "lm_head.weight" not in plain  # tied: sending it twice breaks the engine's reload
     assert sum(p.numel() for p in plain.values()) == model.num_parameters()
     assert list(dict(named_weights(torch.compile(model)))) == list(plain)
+
+
+# --- Small cards -----------------------------------------------------------------------------------------------------
+
+
+def test_recomputed_layers_give_the_same_loss_and_gradients(tiny_model, monkeypatch):
+    tokenizer, seen = load_tokenizer(str(tiny_model)), []
+    examples = [Example(f"e{i}", "What is " + "1 + " * i + "1?", f" It is {i}.", None, "") for i in range(1, 7)]
+    sequences = encode(examples, tokenizer, 512)
+    for recompute in (False, True):
+        policy, calls = load_policy(str(tiny_model), "cpu", recompute=recompute), []
+        policy.get_decoder().layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        sums = []
+        for microbatch in make_microbatches(sequences, 60):
+            sums.append(backward(policy, forward(policy, microbatch, "bf16"), microbatch, 10.0, "bf16"))
+        seen.append((torch.tensor(sums), [p.grad for p in policy.parameters()], len(calls)))
+    (sums, gradients, once), (again, same, twice) = seen
+    assert twice == 2 * once > 2
+    torch.testing.assert_close(sums, again, rtol=0, atol=0)
+    for ours, expected in zip(same, gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def small_steps(policy, tokenizer, kind: str, learning_rate: float, steps: int = 6):
+    optimizer = make_optimizer(policy, kind=kind)
+    (microbatch,) = make_microbatches(encode([Example("e", "What is 1 + 1?", " 2.", None, "")], tokenizer, 99), 99)
+    for _ in range(steps):
+        backward(policy, forward(policy, microbatch, "bf16"), microbatch, 1.0, "bf16")
+        set_learning_rate(optimizer, learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def test_moments_of_8_bits_train_as_whole_ones_at_the_smallest_rate(tiny_model):
+    """At 3e-6 each weight moves, by about what AdamW moves it; one rounded to bf16 would have stayed where it was."""
+    pytest.importorskip("torchao")
+    tokenizer, moved = load_tokenizer(str(tiny_model)), {}
+    for kind in ("adamw", "adamw8bit"):
+        policy = load_policy(str(tiny_model), "cpu")
+        before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+        small_steps(policy, tokenizer, kind, 3e-6)
+        after = torch.cat([p.detach().flatten() for p in policy.parameters()])
+        moved[kind] = after - before
+    assert torch.cosine_similarity(moved["adamw"], moved["adamw8bit"], dim=0) > 0.97
+    assert moved["adamw8bit"].norm().item() == pytest.approx(moved["adamw"].norm().item(), rel=0.1)
+    lost = (after.bfloat16() == before.bfloat16()) & (moved["adamw8bit"] != 0)
+    assert lost.float().mean() > 0.5
+
+
+def test_a_checkpoint_keeps_moments_of_8_bits(tiny_model, tmp_path):
+    pytest.importorskip("torchao")
+    tokenizer, policy = load_tokenizer(str(tiny_model)), load_policy(str(tiny_model), "cpu")
+    optimizer = small_steps(policy, tokenizer, "adamw8bit", 1e-3)
+    checkpoint.save(tmp_path, 6, policy, optimizer, {})
+    other = load_policy(str(tiny_model), "cpu")
+    with pytest.raises(UserError, match="optimizer='adamw8bit'"):
+        checkpoint.restore(checkpoint.latest(tmp_path), other, make_optimizer(other))
+    restored = make_optimizer(other, kind="adamw8bit")
+    checkpoint.restore(checkpoint.latest(tmp_path), other, restored)
+    states, others = (o.state_dict()["state"] for o in (optimizer, restored))
+    assert states.keys() == others.keys()
+    for index, expected in states.items():
+        for name, tensor in expected.items():
+            assert type(others[index][name]) is type(tensor)
+            for part in ("codes", "scale") if hasattr(tensor, "codes") else ("data",):
+                torch.testing.assert_close(*(getattr(s[index][name], part) for s in (others, states)), rtol=0, atol=0)
+    assert any(hasattr(values["exp_avg"], "codes") for values in states.values())
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_optimizer("adamw")
+    with pytest.raises(UserError, match=r"optimizer='adamw8bit'.* torchao is not installed; pip install"):
+        check_optimizer("adamw8bit")
