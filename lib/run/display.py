@@ -124,7 +124,7 @@ def evaluation_table(lines: list[dict]) -> Styler:
     """One row an evaluation: how many problems, accuracy with its 95 % interval, and where the others went."""
     shown = pd.DataFrame(lines).reindex(columns=COLUMNS).rename(columns=COLUMNS)
     shares = dict.fromkeys(SHARES.values(), "{:.1%}")  # none where responses failed
-    return shown.style.format(shares | {"tokens (mean)": "{:.0f}"}, na_rep="–").hide(axis="index")
+    return shown.style.format(shares, precision=0, na_rep="–").hide(axis="index")
 
 
 def subject_level_table(records: list[dict]) -> pd.DataFrame:
