@@ -91,24 +91,21 @@ class LiveView:
         self.figure, self.axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
         self.picture = display(self.figure, display_id=True)
         plt.close(self.figure)  # otherwise the inline backend would show it a second time
-        self.redraw()
+        self.update()
 
     def update(self) -> None:
-        """Redraw after the last step, and after others as time allows."""
-        affordable = self.cost <= SHARE_OF_TIME * (time.perf_counter() - self.drawn)
-        if affordable or len(self.tracker.metrics) == self.total:
-            self.redraw()
-
-    def redraw(self) -> None:
-        """Draw what the run has logged; the curve follows the subset at the course's temperature."""
-        started, metrics = time.perf_counter(), pd.DataFrame(self.tracker.metrics, columns=["train_step", "loss"])
+        """Draw what was logged after the last step, and after others as time allows; of the subset, sampled."""
+        started, done = time.perf_counter(), len(self.tracker.metrics)
+        if self.cost > SHARE_OF_TIME * (started - self.drawn) and done < self.total:
+            return
+        metrics = pd.DataFrame(self.tracker.metrics, columns=["train_step", "loss"])
         lines = pd.DataFrame(self.tracker.evaluations).query("split == 'subset' and decoding == 'sampled'")
         lines = lines.set_index("train_step")[["accuracy", "accuracy_low", "accuracy_high", "format_rate"]] * 100
         for axis in self.axes:
             axis.clear()
             axis.set(xlabel="optimizer step", xlim=(-0.02 * self.total, 1.02 * self.total))
         loss, accuracy = self.axes
-        loss.set(title=f"step {len(metrics)} of {self.total}. {self.run.note}", ylabel="loss (nats a response token)")
+        loss.set(title=f"step {done} of {self.total}. {self.run.note}", ylabel="loss (nats a response token)")
         loss.plot(metrics["train_step"], metrics["loss"])
         interval = lines["accuracy"] - lines["accuracy_low"], lines["accuracy_high"] - lines["accuracy"]
         accuracy.errorbar(lines.index, lines["accuracy"], interval, marker="o", capsize=2, label="accuracy")
