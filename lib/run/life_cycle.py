@@ -113,7 +113,6 @@ def finish(run: Run) -> dict:
                 "seconds": run.seconds | {"train": train_seconds},
                 "train_tokens": tokens,
                 "train_tokens_per_second": tokens / train_seconds,
-                "train_wait_share": _wait_share(metrics),
                 "peak_train_memory_bytes": _peak_memory(config.train_device),
                 **{f"final_{key}": final[key] for key in ("accuracy", "accuracy_low", "accuracy_high")},
             }
@@ -122,12 +121,6 @@ def finish(run: Run) -> dict:
         shutil.rmtree(config.run_dir / checkpoint.FOLDER, ignore_errors=True)
     locks.release(config.run_dir)
     return summary
-
-
-def _wait_share(metrics: list[dict]) -> float:
-    """Share of training's time that passed between two steps; the first, which may compile, is left out."""
-    waited, trained = (sum(m.get(key, 0.0) for m in metrics[1:]) for key in ("wait_seconds", "seconds"))
-    return waited / (waited + trained) if trained else 0.0
 
 
 def _peak_memory(device: str) -> int:
