@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from lib.files import PROJECT_ROOT, UserError, append_lines, read_json, read_lines, shorten_path, write_json
+from lib.files import PROJECT_ROOT, append_lines, read_json, read_lines, shorten_path, write_json
 from lib.report.statistics import holm, paired_difference
-from lib.study.plan import PlannedRun, compare
+from lib.study.plan import PlannedRun, refuse_other_settings
 
 TUNE_NOTEBOOK = PROJECT_ROOT / "notebooks/tune.ipynb"
 # What is tried where the notebook leaves it open: the best point should lie inside, not at the edge.
@@ -78,13 +78,7 @@ def read_choice(folder: Path, settings: dict) -> dict:
     path = folder / "choice.json"
     found = read_json(path)
     made = {name: value for name, value in found.get("settings", {}).items() if name not in OF_ITS_OWN}
-    if not made or not all(name in found for name in CHOSEN):
-        raise UserError(f"{shorten_path(path)}: does not say for which settings it was made; delete it to tune again")
-    if changed := compare(made, settings):
-        raise UserError(
-            f"{shorten_path(path)}: chosen for other settings ({'; '.join(changed)}); ask for the same, choose "
-            f"another --runs-dir, or delete {shorten_path(folder)}"
-        )
+    refuse_other_settings(made, settings, f"{shorten_path(path)}: chosen for")
     return found
 
 
@@ -94,20 +88,15 @@ def read_choice(folder: Path, settings: dict) -> dict:
 def choose(rows: list[dict], folder: Path) -> dict:
     """The point of highest accuracy, written to `choice.json` with the reason, and every other point beside it."""
     best = max(rows, key=lambda row: row["accuracy"])
-    others = compare_with_best(best, [row for row in rows if row is not best], folder)
+    others, at_edge = compare_with_best(best, [row for row in rows if row is not best], folder), edges(best, rows)
     why = [
         f"highest accuracy, {best['accuracy']:.1%} ({best['accuracy_low']:.1%} to {best['accuracy_high']:.1%}), "
         f"of {len(rows)} points on {best['n']} tuning problems (epochs: {best['epochs']:g})",
         *describe(others, len(rows) - 1),
-        *edges(best, rows),
+        *at_edge,
     ]
-    choice = {name: best[name] for name in CHOSEN}
-    choice |= {
-        "why": "; ".join(why),
-        "others": others,
-        "edges": edges(best, rows),
-        "settings": best.get("settings", {}),
-    }
+    choice = {name: best[name] for name in CHOSEN} | {"why": "; ".join(why), "others": others, "edges": at_edge}
+    choice["settings"] = best.get("settings", {})
     write_json(folder / "choice.json", choice)
     return choice
 
@@ -169,15 +158,12 @@ def point_name(row: dict) -> str:
 def edges(best: dict, rows: list[dict]) -> list[str]:
     """Where the grid may be too narrow: its best value is the smallest or the largest that was tried.
 
-    Two batch sizes are a choice between two; one of them is always at the edge, and nothing is said.
+    One of two batch sizes is always at the edge: nothing is said.
     """
     found = []
     for name, fewest in (("learning_rate", 2), ("batch_size", 3)):
         values = sorted({row[name] for row in rows})
         if len(values) >= fewest and best[name] in (values[0], values[-1]):
-            end, beyond = ("smallest", "smaller") if best[name] == values[0] else ("largest", "larger")
-            words = name.replace("_", " ")
-            found.append(
-                f"the best {words}, {best[name]:g}, is the {end} of the grid: {beyond} ones may be better, try them"
-            )
+            end = "smallest" if best[name] == values[0] else "largest"
+            found.append(f"the best {name.replace('_', ' ')}, {best[name]:g}, is the {end} of the grid: try others")
     return found

@@ -4,71 +4,82 @@ The project's code travels along, and so do data and a model inside the project 
 the same path on each node.
 """
 
-import contextlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-import zipfile
 from pathlib import Path
 
 import ray
+from ray import exceptions
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lib.files import PROJECT_ROOT, UserError, absolute, shorten_path
 from lib.logs import captured
-from lib.study.execution import GRACE, one_line
-from lib.study.node import (
-    MARKER,
-    RETRIES,
-    Board,
-    Work,
-    code_digest,
-    execute_run,
-    find_missing,
-    inside,
-    label,
-    pack,
-    unpack,
-)
+from lib.study.execution import GRACE, POLL, one_line
+from lib.study.node import MARKER, Work, code_digest, execute_run, find_missing, inside, label, pack, unpack
 from lib.study.plan import FOLDERS, PlannedRun
 from lib.study.progress import Job, Position
 
 PATIENCE = 60  # seconds for nodes to say what they lack
 SHIPPED = 200 << 20  # bytes of data or of a model inside the project that are sent along
 PASSED = ("WANDB_", "HF_", "VLLM_")  # beginnings of the user's environment variables that a node does not set itself
+ATTEMPTS = 4  # to make a run whose node or worker process died
+# Ray's workers are nice to others (15), and so would be their runs: not on a cluster of this study alone. Workers that
+# start before they know the project are of no use.
+ALONE = {"worker_niceness": 0, "enable_worker_prestart": False, "prestart_worker_first_driver": False}
+LOST = (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.LocalRayletDiedError)
+LOST += (exceptions.OutOfMemoryError, exceptions.ObjectLostError)
 
 
 class Task:
     """A run handed to the cluster, with the methods of an `Execution` that a study calls."""
 
     def __init__(self, cluster: "Cluster", run: PlannedRun):
-        self.cluster, self.run, self.reference = cluster, run, None
+        self.cluster, self.run, self.said = cluster, run, None
+        self.attempts, self.reason = 0, None
 
     def start(self) -> None:
         work = self.cluster.work
-        options = {"num_gpus": work.gpus, "num_cpus": work.cpus, "max_retries": RETRIES, "name": self.run.name}
-        given = work, self.run, self.cluster.board, self.cluster.bases()
-        self.reference = execute_run.options(**options).remote(*given)
+        self.attempts += 1
+        self.position = Position(None, 0, 0)  # without a node as long as it waits for one
+        asked = execute_run.options(num_gpus=work.gpus, num_cpus=work.cpus, name=self.run.name)
+        self.said = asked.remote(work, self.run, self.cluster.bases())
 
     def is_running(self) -> bool:
-        return not ray.wait([self.reference], timeout=0)[0]
+        """Take what the task has said meanwhile; begin it again where its node or its worker has died."""
+        try:
+            while ray.wait([self.said], timeout=0)[0]:
+                said = ray.get(next(self.said))
+                if isinstance(said, Position):
+                    self.position = said
+                elif isinstance(said, bytes):
+                    unpack(said, self.cluster.folder)
+                else:
+                    self.reason = said
+                    return False
+        except exceptions.RayError as error:
+            self.reason = one_line(f"{type(error).__name__}: {error}")
+            if not isinstance(error, LOST):
+                return False
+            if self.attempts == ATTEMPTS:
+                self.reason = f"its worker died {ATTEMPTS} times: is there too little memory? ({self.reason})"
+                return False
+            logging.getLogger("ray").warning("%s is retried: %s", self.run.name, self.reason)
+            self.start()
+        return True
 
     def result(self) -> str | None:
         """None, or why it failed in one line; what it made is in the study's folder then."""
-        try:
-            reason, archive = ray.get(self.reference)
-        except ray.exceptions.RayError as error:
-            return one_line(f"{type(error).__name__}: {error}")
-        if archive is not None:
-            unpack(archive, self.cluster.folder)
-            for ending in (".failed.ipynb", ".log") if reason is None else ():
-                (self.cluster.folder / f"{self.run.name}{ending}").unlink(missing_ok=True)
-        return reason
+        for ending in (".failed.ipynb", ".log") if self.reason is None else ():
+            (self.cluster.folder / f"{self.run.name}{ending}").unlink(missing_ok=True)
+        return self.reason
 
 
 class Cluster:
@@ -83,8 +94,8 @@ class Cluster:
     longest_first = True
 
     def __init__(self, address: str, folder: Path, settings: dict, gpus: int | None = None, cpus: int | None = None):
-        self.address, self.folder, self.positions, self.heard = address, folder, {}, 0.0
-        self.packed: tuple[set[Path], object] = (set(), None)  # bases, and the reference of their archive
+        self.folder = folder
+        self.packed: tuple[list[Path], object] = ([], None)  # bases, and the reference of their archive
         connect(address, folder, settings)
         try:
             nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -95,7 +106,6 @@ class Cluster:
             self.work = Work(token, folder, PROJECT_ROOT, code, paths, gpus, cpus, passed)
             (folder / MARKER).write_text(token)
             refuse_nodes([node for node in nodes if fits(node["Resources"], gpus, cpus)], self.work)
-            self.board = Board.options(scheduling_strategy=on_node(ray.get_runtime_context().get_node_id())).remote()
         except BaseException:
             self.close()
             raise
@@ -104,45 +114,39 @@ class Cluster:
         return Task(self, run)
 
     def position(self, job: Job) -> Position:
-        """Where a run is, as its task said last; without a node as long as it waits for one."""
-        if time.monotonic() - self.heard > 1:
-            self.heard = time.monotonic()
-            with contextlib.suppress(ray.exceptions.RayError):  # a slow answer costs a line of progress
-                self.positions, bases = ray.get(self.board.read.remote(), timeout=5)
-                for base in bases:
-                    unpack(base, self.folder)
-        return self.positions.get(job.run.name, Position(None, 0, 0))
+        return job.execution.position
 
     def bases(self):
         """The measured bases of the study's folder as an archive in Ray's object store, or None; packed once."""
-        found = {path.parent for path in self.folder.glob("base-*/settings.json")}
+        found = [path.parent for path in sorted(self.folder.glob("base-*/settings.json"))]
         if found != self.packed[0]:
-            self.packed = found, ray.put(pack(self.folder, sorted(path.name for path in found)))
+            self.packed = found, ray.put(pack(self.folder, found))
         return self.packed[1]
 
     def end(self, tasks: list[Task]) -> None:
         """Stop what runs: each task is interrupted and ends its notebook; a worker that does not is killed."""
-        references = [task.reference for task in tasks if task.reference is not None]
-        for reference in references:
-            ray.cancel(reference)
-        for reference in ray.wait(references, num_returns=len(references), timeout=GRACE + 10)[1] if references else []:
-            ray.cancel(reference, force=True)
+        left = [task for task in tasks if task.said is not None]
+        for task in left:
+            task.attempts = ATTEMPTS  # it is not begun again
+            ray.cancel(task.said)
+        deadline = time.monotonic() + GRACE + 10
+        while (left := [task for task in left if task.is_running()]) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        for task in left:
+            ray.cancel(task.said, force=True)
 
     def close(self) -> None:
         (self.folder / MARKER).unlink(missing_ok=True)
         ray.shutdown()
 
 
-def on_node(node: str) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node, soft=False)
-
-
 def refuse_nodes(nodes: list[dict], work: Work) -> None:
     """UserError naming each node that lacks a file of the runs."""
-    asked = [find_missing.options(scheduling_strategy=on_node(node["NodeID"])).remote(work) for node in nodes]
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = [find_missing.options(scheduling_strategy=place).remote(work) for place in places]
     try:
         answers = ray.get(asked, timeout=PATIENCE)
-    except ray.exceptions.RayError as error:
+    except exceptions.RayError as error:
         raise UserError(f"--ray: a node does not answer: {one_line(str(error))}") from error
     missing = [f"\n  {label(node)}: {'; '.join(found)}" for node, found in zip(nodes, answers, strict=True) if found]
     if missing:
@@ -175,19 +179,16 @@ def connect(address: str, folder: Path, settings: dict) -> None:
     """Start or reach the cluster, and send the project; what Ray says goes to ray.log in the study's folder."""
     log, logger = folder / "ray.log", logging.getLogger("ray")
     logger.handlers = []
-    # Ray's workers are nice to others (15), and so would be their runs: not on a cluster of this study alone. Nor are
-    # workers of use that start before they know the project.
-    system = {"worker_niceness": 0, "enable_worker_prestart": False, "prestart_worker_first_driver": False}
-    own = {"include_dashboard": False, "_system_config": system}
-    options = own if address == "local" else {}
+    options = {"include_dashboard": False, "_system_config": ALONE} if address == "local" else {}
     if address not in ("local", "auto"):
         check_head(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with tempfile.TemporaryDirectory() as place, captured(log):
-            options["runtime_env"] = {"working_dir": str(pack_project(Path(place) / "project.zip", settings))}
-            ray.init(address, log_to_driver=False, configure_logging=False, namespace=uuid.uuid4().hex, **options)
-    except (RuntimeError, ConnectionError, ValueError, OSError, ray.exceptions.RayError) as error:
+            copy_project(Path(place), settings)
+            options["runtime_env"] = {"working_dir": place}
+            ray.init(address, log_to_driver=False, configure_logging=False, **options)
+    except (RuntimeError, ConnectionError, ValueError, OSError, exceptions.RayError) as error:
         raise UserError(f"--ray {address}: {one_line(str(error))} (see {shorten_path(log)})") from error
     finally:
         logger.handlers = [logging.FileHandler(log)]  # Ray has removed what was there
@@ -202,32 +203,29 @@ def check_head(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         raise UserError(f"--ray {address}: must be HOST:PORT of the cluster's head, 'auto', or nothing")
+    # As `ray start` and `ray.init` do: a cluster that was started where there is a token wants it (~/.ray/auth_token).
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        healthy = subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        why = f": {one_line(asked.stderr.strip().splitlines()[-1])}" if asked.returncode else None
     except subprocess.TimeoutExpired:
-        healthy = False
-    if not healthy:
-        raise UserError(f"--ray {address}: no head of a Ray cluster answers there (`ray start --head` starts one)")
+        why = ""
+    if why is not None:
+        raise UserError(f"--ray {address}: no head of a Ray cluster answers there (`ray start --head` starts one){why}")
 
 
-def pack_project(path: Path, settings: dict) -> Path:
-    """A zip file of the project's code, and of data and a model where they are inside the project and small."""
-    folders = [PROJECT_ROOT / "lib", PROJECT_ROOT / "notebooks"]
-    for found in named_files(settings).values():
-        size = sum(file.stat().st_size for file in files_of(found))
-        if found.is_relative_to(PROJECT_ROOT) and not found.is_relative_to(folders[0]) and size <= SHIPPED:
-            folders.append(found)
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(file for folder in folders for file in files_of(folder)):
-            archive.write(file, file.relative_to(PROJECT_ROOT))
-    return path
-
-
-def files_of(path: Path) -> list[Path]:
-    """A file itself, or the files of a folder but for compiled Python."""
-    found = path.rglob("*") if path.is_dir() else [path]
-    return [file for file in found if file.is_file() and "__pycache__" not in file.parts]
+def copy_project(place: Path, settings: dict) -> None:
+    """The project's code, and data and a model where they are inside the project and small."""
+    for path in (PROJECT_ROOT / "lib", PROJECT_ROOT / "notebooks", *named_files(settings).values()):
+        target = place / inside(path, PROJECT_ROOT)
+        if target == path or target.exists():  # outside the project, or a part of its code
+            continue
+        if path.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        elif sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) <= SHIPPED:
+            shutil.copytree(path, target, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def named_files(settings: dict) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from lib.files import UserError, absolute, shorten_path
 from lib.run.lock import hold, release
 from lib.settings import PROFILES
 from lib.study import plan
-from lib.study.choice import CHOSEN, gather, plan_tuning, point_name, read_choice
+from lib.study.choice import CHOSEN, gather, plan_tuning, read_choice
 from lib.study.execution import notebook_parameters, read_value, sweep
 from lib.study.page import make_report
 from lib.study.runs import Outcome, ThisMachine, engine_share, find_places, run_all
@@ -119,8 +119,7 @@ def tune(machine, shared: dict, settings: dict) -> tuple[dict, dict[str, str]]:
     chosen = read_choice(folder / tuning.name, settings)
     taken = {name: chosen[name] for name in open_ones}
     words = ", ".join(f"{name} {value:g}" for name, value in taken.items())
-    beside = "" if len(taken) == len(CHOSEN) else f" (the choice was {point_name(chosen)}; what -p says stays)"
-    print(f"From {shorten_path(folder)}/tuning/choice.json: {words}{beside}. Chosen for: {chosen['why']}.")
+    print(f"From {shorten_path(folder)}/tuning/choice.json: {words}. Chosen for: {chosen['why']}.")
     return taken, {}
 
 
@@ -147,32 +146,23 @@ Stop it with Ctrl-C; the same command goes on where it stopped. Exit status: 0 a
     profile_help = "auto: math where a GPU and the course's data are, otherwise mini (default: auto)"
     option("--profile", default="auto", choices=("auto", *PROFILES), help=profile_help)
     option("--runs-dir", default="runs", help="folder of the study (default: runs)")
-    sizes_help = (
-        f"numbers of examples, all, filtered (the correct ones), or control: as many of all as there are correct ones "
-        f"(default: {' '.join(plan.SIZES)})"
-    )
+    sizes_help = "numbers of examples, all, filtered (the correct ones), control (as many of all); default: the six"
     option("--sizes", nargs="+", default=plan.SIZES, metavar="SIZE", help=sizes_help)
     option("--seeds", nargs="+", default=[0], type=int, metavar="SEED", help="a set of runs for each (default: 0)")
-    tune_help = (
-        "tune first, if that is not done yet, and take learning_rate and batch_size from it where no -p says them"
-    )
+    tune_help = "tune first, once, and take learning_rate and batch_size from it where no -p says them"
     option("--tune", action="store_true", help=tune_help)
     match_help = "what all sizes share; with steps, each takes as many as the full set does (default: epochs)"
     option("--match", default="epochs", choices=("epochs", "steps"), help=match_help)
     other_help = "any other parameter of notebooks/train.ipynb, for all runs; repeat it for more"
     option("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=other_help)
-    jobs_help = (
-        "runs side by side, for GPUs with memory to spare: on two GPUs every other run takes them the other way round, "
-        "and engines share what the policies leave; on a CPU nothing is gained (default: 1)"
-    )
+    jobs_help = "runs side by side; on two GPUs every other run takes them the other way round (default: 1)"
     option("--jobs", default=1, type=int, metavar="N", help=jobs_help)
     ray_help = "make the runs on a Ray cluster: this machine by itself, or the one whose head is at HOST:PORT, or auto"
     option("--ray", nargs="?", const="local", metavar="ADDRESS", help=ray_help)
     gpus_help = "GPUs of a run on a cluster: policy and engine can share one (default: what the nodes have, up to 2)"
     option("--gpus-per-run", type=int, choices=(0, 1, 2), help=gpus_help)
-    option(
-        "--cpus-per-run", type=int, metavar="N", help="cores of a run on a cluster (default: a node's, or its share)"
-    )
+    cpus_help = "cores of a run on a cluster (default: a node's, or its share)"
+    option("--cpus-per-run", type=int, metavar="N", help=cpus_help)
     option("--report-only", action="store_true", help="run nothing, make the report again")
     arguments = parser.parse_args(words)
     arguments.p = [(name, read_value(value, value)) for name, value in arguments.p]
@@ -189,7 +179,7 @@ def main(words: list[str] | None = None) -> int:
         arguments.runs_dir = read_folder(arguments.runs_dir)
         if not arguments.report_only:
             outcome = run_study(arguments)
-        page = make_report(arguments.runs_dir, again=arguments.report_only)
+        page = make_report(arguments.runs_dir)
     except UserError as error:
         mistake = error
     except OSError as error:  # a full disk, a folder that can't be written

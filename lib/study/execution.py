@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import nbformat
@@ -53,8 +53,7 @@ class Execution:
     """A notebook on its way through a process of its own: `start` it, watch `is_running`, then take its `result`.
 
     The executed notebook appears under `output` only when it is whole; a failed one as `<name>.failed.ipynb`, with what
-    its process printed in `<name>.log`. Whatever happens in between, `end` leaves nothing of it behind.
-    `owner`: the folder that it works for; `environment`: of its process, this one's if None.
+    its process printed in `<name>.log`. `owner`: the folder that it works for; `environment`: of its process.
     """
 
     def __init__(
@@ -63,11 +62,10 @@ class Execution:
         output: Path,
         parameters: dict,
         owner: Path,
-        environment: dict | None = None,
+        environment: Mapping[str, str] = os.environ,
         project: Path = PROJECT_ROOT,
     ):
-        self.output, self.project = output, project
-        self.environment = os.environ if environment is None else environment
+        self.output, self.environment, self.project = output, environment, project
         self.partial = output.with_name(f".{output.stem}.partial.ipynb")
         self.log = output.with_suffix(".log")
         self.command = [sys.executable, "-c", PAPERMILL, str(os.getpid()), str(notebook), str(self.partial)]
@@ -106,7 +104,7 @@ class Execution:
 
 
 def execute(notebook: Path, output: Path, parameters: dict, owner: Path) -> str | None:
-    """Execute one notebook (see `Execution`) and wait for it; returns None, or why it failed in one line."""
+    """Execute one notebook and wait for it: None, or why it failed in one line."""
     execution = Execution(notebook, output, parameters, owner)
     try:
         execution.start()
@@ -118,11 +116,7 @@ def execute(notebook: Path, output: Path, parameters: dict, owner: Path) -> str 
 
 
 def end(executions: list[Execution]) -> None:
-    """End notebooks and whatever they started, also where this is stopped in the middle of them.
-
-    Those that still run are interrupted all at once, so that each kernel can shut its engine down; what is left of them
-    after `GRACE` is killed.
-    """
+    """End notebooks and whatever they started: each kernel can shut its engine down, and after `GRACE` is killed."""
     started = [one for one in executions if one.process is not None]
     for one in started:
         if one.is_running():
@@ -166,7 +160,7 @@ def read_notebook(path: Path) -> nbformat.NotebookNode | None:
 
 
 def publish(partial: Path, output: Path) -> None:
-    """Give an executed notebook its final name in one step, and the paths in its metadata as the project sees them."""
+    """Give an executed notebook its final name, and the paths in its metadata as the project sees them."""
     notebook = nbformat.read(partial, as_version=4)
     recorded = notebook.metadata.get("papermill", {})
     recorded.update(input_path=shorten_path(recorded.get("input_path", "")), output_path=shorten_path(output))

@@ -12,6 +12,7 @@ import shutil
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from lib.study.plan import PlannedRun
 from lib.study.progress import Position
 
 MARKER = ".cluster"  # in the study's folder: a node that reads the study's token there shares the folder
-RETRIES = 3  # of a run whose node or worker process died
 
 
 @dataclass(frozen=True)
@@ -40,73 +40,39 @@ class Work:
     environment: dict[str, str]
 
 
-@ray.remote(num_cpus=0)
-class Board:
-    """Where the runs are, said by the tasks and read by the study; and untrained bases that were measured meanwhile."""
+@ray.remote(max_retries=0)
+def execute_run(work: Work, run: PlannedRun, bases: bytes | None) -> Iterator:
+    """Make a run. Yields its `Position` whenever it changes, and at last why it failed, or None.
 
-    def __init__(self):
-        self.positions: dict[str, Position] = {}
-        self.attempts: dict[str, int] = {}
-        self.bases: list[bytes] = []
-
-    def begin(self, run: str) -> int:
-        self.attempts[run] = self.attempts.get(run, 0) + 1
-        return self.attempts[run]
-
-    def say(self, run: str, position: Position) -> None:
-        self.positions[run] = position
-
-    def add_base(self, archive: bytes) -> None:
-        self.bases.append(archive)
-
-    def read(self) -> tuple[dict[str, Position], list[bytes]]:
-        bases, self.bases = self.bases, []
-        return self.positions, bases
-
-
-# --- A run -----------------------------------------------------------------------------------------------------------
-
-
-@ray.remote
-def execute_run(work: Work, run: PlannedRun, board, bases: bytes | None) -> tuple[str | None, bytes | None]:
-    """Why the run failed, or None; and an archive of what it made, where the study's folder is not shared."""
-    node, attempt = node_name(), 1
-    with contextlib.suppress(ray.exceptions.RayError):  # without its board a study has no progress, but goes on
-        attempt = ray.get(board.begin.remote(run.name))
-    if attempt > RETRIES + 1:  # Ray by itself counts neither workers killed for memory nor attempts of both kinds
-        return f"its worker died {RETRIES + 1} times: is there too little memory? (on {node})", None
+    Where the study's folder is not shared, also archives: of a base once it is measured, and of what the run made.
+    """
     sweep(work.folder)
-    project, shared = project_here(work), is_shared(work)
+    node, project, shared = node_name(), project_here(work), is_shared(work)
     folder = work.folder if shared else Path(tempfile.mkdtemp(prefix="scratch-", dir=Path.cwd()))
+    elsewhere = {} if shared and project == work.project else work.paths | {"runs_dir": str(folder)}
+    files = project / inside(run.notebook, work.project), folder / f"{run.name}.ipynb"
+    execution = Execution(*files, run.parameters | elsewhere, work.folder, environment(work), project)
     try:
         if bases and not shared:
             unpack(bases, folder)
-        elsewhere = {} if shared and project == work.project else work.paths | {"runs_dir": str(folder)}
-        files = project / inside(run.notebook, work.project), folder / f"{run.name}.ipynb"
-        execution = Execution(*files, run.parameters | elsewhere, work.folder, environment(work), project)
-        reason = watch(execution, run, folder, board, node, shared)
-        return reason and f"{reason} (on {node})", None if shared else pack_run(run, folder, work)
-    finally:
-        if not shared:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def watch(execution: Execution, run: PlannedRun, folder: Path, board, node: str, shared: bool) -> str | None:
-    """Wait for a notebook's end and say on the board how far it is, and that a base is there; why it failed or None."""
-    known, said = set(folder.glob("base-*/settings.json")), None
-    try:
+        known, position = set(folder.glob("base-*/settings.json")), None
         execution.start()
         while execution.is_running():
-            if (position := Position(node, *run.steps(folder))) != said:
-                board.say.remote(run.name, position)
-                said = position
-            for base in [] if shared else set(folder.glob("base-*/settings.json")) - known:
-                board.add_base.remote(pack(folder, [base.parent.name]))
-                known.add(base)
+            if (now := Position(node, *run.steps(folder))) != position:
+                yield (position := now)
+            measured = set(folder.glob("base-*/settings.json")) - known
+            if measured and not shared:
+                yield pack(folder, [path.parent for path in measured])
+                known |= measured
             time.sleep(POLL)
-        return execution.result()
+        reason = execution.result()
+        if not shared:
+            yield pack_run(run, folder, work)
     finally:
         end([execution])
+        if not shared:
+            shutil.rmtree(folder, ignore_errors=True)
+    yield reason and f"{reason} (on {node})"  # with nothing left behind: the study may end with it
 
 
 @ray.remote(num_cpus=0)
@@ -138,7 +104,6 @@ def project_here(work: Work) -> Path:
 
 
 def code_digest(project: Path) -> str:
-    """SHA-256 over the code of a project."""
     digest = hashlib.sha256()
     for path in sorted([*project.glob("lib/**/*.py"), *project.glob("notebooks/*.ipynb")]):
         digest.update(f"{path.relative_to(project)}\0".encode() + path.read_bytes())
@@ -159,27 +124,24 @@ def environment(work: Work) -> dict[str, str]:
 # --- Archives --------------------------------------------------------------------------------------------------------
 
 
-def pack(folder: Path, names: list[str], leave_out: str = "") -> bytes:
-    """A tar archive of these files and folders in `folder`, as far as they are there."""
+def pack(folder: Path, paths: list[Path]) -> bytes:
+    """A tar archive of these files and folders in `folder`."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
-        for name in names:
-            if (folder / name).exists():
-                archive.add(
-                    folder / name, name, filter=lambda entry: entry if Path(entry.name).name != leave_out else None
-                )
+        for path in paths:
+            archive.add(path, path.relative_to(folder))
     return content.getvalue()
 
 
 def pack_run(run: PlannedRun, folder: Path, work: Work) -> bytes:
     """A run's folder and notebook, and bases; the scratch folder's name gives way to the study's in all of them."""
-    shown = shorten_path(work.folder)
-    texts = [path for path in (*folder.glob(f"{run.name}.*"), *(folder / run.name).glob("*.json")) if path.is_file()]
-    for path in texts:
+    if not run.parameters.get("keep_checkpoint"):
+        shutil.rmtree(folder / run.name / "checkpoints", ignore_errors=True)
+    shown, beside = shorten_path(work.folder), list(folder.glob(f"{run.name}.*"))
+    for path in [*beside, *(folder / run.name).glob("*.json")]:
         text = path.read_text(encoding="utf-8").replace(str(folder), shown).replace(folder.name, shown)
         path.write_text(text, encoding="utf-8")
-    names = [path.name for path in (*folder.glob(f"{run.name}.*"), folder / run.name, *folder.glob("base-*"))]
-    return pack(folder, names, "" if run.parameters.get("keep_checkpoint") else "checkpoints")
+    return pack(folder, [*beside, *folder.glob(run.name), *folder.glob("base-*")])
 
 
 def unpack(content: bytes, folder: Path) -> None:

@@ -1,11 +1,10 @@
 """The study's report: the analysis notebook executed on its folder, and the same as one HTML page."""
 
-import hashlib
 from pathlib import Path
 
 import nbformat
 
-from lib.files import PROJECT_ROOT, UserError, read_json, shorten_path
+from lib.files import PROJECT_ROOT, UserError, shorten_path
 from lib.report.load import load
 from lib.study.execution import execute
 
@@ -18,31 +17,15 @@ body { max-width: 860px; margin: 0 auto !important }
 </style>"""
 
 
-def make_report(folder: Path, again: bool = False) -> Path:
-    """Execute the analysis to report.ipynb and report.html in `folder`; kept as they are where nothing is new."""
+def make_report(folder: Path) -> Path:
+    """Execute the analysis to report.ipynb and report.html in `folder`; the page's path."""
     load(folder)  # a folder that can't be reported on is refused here, in a sentence
     notebook, page = folder / "report.ipynb", folder / "report.html"
-    inputs = fingerprint(folder)
-    if not again and page.is_file() and read_json(notebook).get("metadata", {}).get("inputs") == inputs:
-        return page
     reason = execute(ANALYSIS_NOTEBOOK, notebook, {"runs_dir": shorten_path(folder)}, folder)
     if reason:
         raise UserError(f"the report could not be made: {reason} (see {shorten_path(folder)}/report.failed.ipynb)")
-    content = nbformat.read(notebook, as_version=4)
-    content.metadata["inputs"] = inputs
-    to_html(content, page, "Supervised fine-tuning on MATH: report")
-    nbformat.write(content, notebook)
+    to_html(nbformat.read(notebook, as_version=4), page, "Supervised fine-tuning on MATH: report")
     return page
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over everything that the report is made from: the runs' files, the analysis and its code."""
-    found = [path for pattern in ("*/*.json", "*/*.jsonl", "*/evaluations/*.jsonl*") for path in folder.glob(pattern)]
-    code = sorted((PROJECT_ROOT / "lib/report").glob("*.py"))
-    digest = hashlib.sha256()
-    for path in [ANALYSIS_NOTEBOOK, *code, *sorted(found)]:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def to_html(notebook: nbformat.NotebookNode, output: Path, title: str) -> None:

@@ -10,7 +10,8 @@ from lib.settings import changed_settings, default_run_name, resolve
 
 TRAIN_NOTEBOOK = PROJECT_ROOT / "notebooks/train.ipynb"
 SIZES = ("128", "256", "512", "1024", "all", "filtered")
-OWN_ARGUMENTS = {"n": "--sizes", "filtered": "--sizes", "seed": "--seeds", "runs_dir": "--runs-dir"}
+OWN_ARGUMENTS = {"n": "--sizes", "filtered": "--sizes", "seed": "--seeds"}
+OWN_ARGUMENTS |= {"runs_dir": "--runs-dir", "run_name": "--runs-dir"}
 FOLDERS = ("model", "data_dir", "prompt_template")  # parameters that name a folder or a file
 
 
@@ -57,8 +58,7 @@ def plan(runs_dir, sizes=SIZES, seeds=(0,), shared=None, counts=None) -> list[Pl
 def read_size(size: str, counts: dict | None = None) -> tuple[int | str, bool]:
     """`n` and `filtered` of a size as written on the command line: a number, all, filtered, or control.
 
-    The control of the filtered set is as many traces of the full set, drawn at random: it differs from the filtered
-    set in quality and not in quantity.
+    The control of the filtered set is as many traces of the full set, drawn at random.
     """
     if size in ("all", "filtered"):
         return "all", size == "filtered"
@@ -70,12 +70,10 @@ def read_size(size: str, counts: dict | None = None) -> tuple[int | str, bool]:
 
 
 def check_names(parameters: dict, defaults: dict) -> None:
-    """papermill only warns about a name that the notebook does not know, and runs with the default: refuse it here."""
+    """UserError for a name that the notebook does not know: papermill only warns, and runs with the default."""
     for name, value in parameters.items():
         if name in OWN_ARGUMENTS:
             raise UserError(f"-p {name}: the study sets it; use {OWN_ARGUMENTS[name]}")
-        if name == "run_name":
-            raise UserError("-p run_name: the study names its runs; use --runs-dir to keep studies apart")
         if name not in defaults:
             close = difflib.get_close_matches(name, defaults, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(defaults))}"
@@ -124,8 +122,10 @@ def match_steps(runs: list[PlannedRun], settings: dict, counts: dict) -> list[Pl
 
 
 def compare(made: dict, asked: dict) -> list[str]:
-    """In words, what was `made` with other settings than are `asked` for; paths count as the same where they lead to
-    the same place, since each machine writes them relative to its own project."""
+    """In words, what was `made` with other settings than are `asked` for.
+
+    Each machine writes paths relative to its own project: they are the same where they lead to the same place.
+    """
 
     def same(name: str) -> bool:
         return bool(made[name] and asked.get(name)) and absolute(made[name]) == absolute(asked[name])
@@ -133,11 +133,15 @@ def compare(made: dict, asked: dict) -> list[str]:
     return changed_settings({k: asked[k] if k in FOLDERS and same(k) else v for k, v in made.items()}, asked)
 
 
-def differences(run: PlannedRun, folder: Path, settings: dict) -> list[str]:
-    """In words, the settings of a finished run (in `folder`) that are not the ones asked for now.
+def refuse_other_settings(made: dict | None, asked: dict, what: str) -> None:
+    """UserError, which begins with `what`, where something was `made` with other settings than are `asked` for."""
+    if changed := compare(made, asked) if made else ["it does not say which"]:
+        hint = "ask for the same, choose another folder for this study, or delete what is there"
+        raise UserError(f"{what} other settings ({'; '.join(changed)}); {hint}")
 
-    `settings`: what the study's runs share, resolved.
-    """
+
+def differences(run: PlannedRun, folder: Path, settings: dict) -> list[str]:
+    """In words, the settings of the finished run in `folder` that differ from these and the run's own."""
     own = ("n", "filtered", "seed", "epochs")
     asked = settings | {name: run.parameters[name] for name in own if run.parameters.get(name) is not None}
     return compare(read_json(folder / "config.json").get("parameters", {}), asked)

@@ -62,8 +62,7 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, every: float = 30.0) 
                     label, run = waiting.pop(0)
                     if run.is_kept(folder):
                         outcome.kept.append(run.name)
-                        said = accuracy(folder / run.name) + lost_notebook(folder / run.name)
-                        progress.say(f"{label} kept, finished before{said}")
+                        progress.say(f"{label} kept, finished before{accuracy(folder / run.name)}")
                         continue
                     again = (folder / run.name).is_dir()
                     jobs.append(Job(label, run, machine.prepare(run, [job.run for job in jobs]), again))
@@ -86,7 +85,6 @@ def room(folder: Path, at_once: int, run: PlannedRun) -> int:
 
 
 def conclude(job: Job, folder: Path, outcome: Outcome, progress: Progress) -> None:
-    """Say and count what became of a run whose notebook has ended."""
     path, reason = folder / job.run.name, job.execution.result()
     took = spell(time.monotonic() - job.started)
     if reason is None and not job.run.is_finished(folder):
@@ -101,7 +99,7 @@ def conclude(job: Job, folder: Path, outcome: Outcome, progress: Progress) -> No
 
 
 def find_places(settings: dict, at_once: int, given: set[str]) -> tuple[dict, ...]:
-    """Devices for runs side by side: on two GPUs every other run takes them the other way round, to use both evenly.
+    """Devices for runs side by side: on two GPUs every other run takes them the other way round.
 
     `settings`: the resolved ones that the runs share; `given`: names of what the user set.
     """
@@ -139,9 +137,3 @@ def accuracy(folder: Path) -> str:
         return ""
     low, high = summary["final_accuracy_low"], summary["final_accuracy_high"]
     return f": accuracy {summary['final_accuracy'] * 100:.1f} % ({low * 100:.1f} to {high * 100:.1f})"
-
-
-def lost_notebook(path: Path) -> str:
-    if path.with_suffix(".ipynb").is_file():
-        return ""
-    return f" (its notebook {path.name}.ipynb is missing: delete the folder {path.name} to make both again)"

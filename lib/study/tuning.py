@@ -19,7 +19,7 @@ from lib.run.prepare import prepare, start_engine
 from lib.run.run import Run, RunError
 from lib.settings import INCIDENTAL, RunConfig
 from lib.study.choice import CHOSEN, records_file
-from lib.study.plan import compare
+from lib.study.plan import refuse_other_settings
 from lib.training.policy import load_policy
 from lib.training.steps import make_optimizer, train_steps
 
@@ -37,7 +37,8 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
     (folder / "records").mkdir(parents=True, exist_ok=True)
     path, log_file = folder / "tuning.jsonl", folder / "run.log"
     rows = read_lines(path)
-    _refuse_other_settings(rows, config, path)
+    for number, row in enumerate(rows, start=1):  # one choice can't be made from two grids
+        refuse_other_settings(row.get("settings"), _settings(config), f"{shorten_path(path)}, line {number}: made with")
     done = {(row["learning_rate"], row["batch_size"]): row for row in rows}
     grid = list(itertools.product(learning_rates, batch_sizes))
     runs = {size: prepare(config.model_copy(update={"batch_size": size})) for size in batch_sizes}
@@ -79,19 +80,6 @@ def check_grid(learning_rates: list[float], batch_sizes: list[int]) -> None:
 def _settings(config: RunConfig) -> dict:
     """What all points of a grid share."""
     return {k: v for k, v in config.to_dict().items() if k not in INCIDENTAL | {*CHOSEN}}
-
-
-def _refuse_other_settings(rows: list[dict], config: RunConfig, path: Path) -> None:
-    """UserError where the file holds points of another grid: one choice can't be made from both."""
-    asked = _settings(config)
-    for number, row in enumerate(rows, start=1):
-        made = row.get("settings", {})
-        if changed := compare(made, asked) or not made:
-            raise UserError(
-                f"{shorten_path(path)}, line {number}: made with other settings "
-                f"({'; '.join(changed) if made else 'it does not say which'}); ask for the same, choose another "
-                "runs_dir, or delete the file"
-            )
 
 
 def _train_and_evaluate(policy: torch.nn.Module, run: Run) -> tuple[dict, list[dict]]:

@@ -37,17 +37,18 @@ def simulate(pairs: int, ideal: float = IDEAL, seeds: int = SEEDS) -> tuple[floa
         scale = ideal * pairs / sum(work.values())
         calm = {"include_dashboard": False, "log_to_driver": False, "_system_config": {"worker_niceness": 0}}
         ray.init("local", num_gpus=2 * pairs, num_cpus=pairs, **calm)
-        warm_up(pairs)
+        warm_up(pairs, Path(place))
 
         @ray.remote
-        def sleep_run(_work, run, _board, _bases):
+        def sleep_run(_work, run, _bases):
             began = time.time()
             time.sleep(work[run.name] * scale)
             made = Path(tempfile.mkdtemp())
             (made / run.name).mkdir()
             result = {"status": "finished", "began": began, "ended": time.time()}
             (made / run.name / "summary.json").write_text(json.dumps(result))
-            return None, pack(made, [run.name])
+            yield pack(made, [made / run.name])
+            yield None
 
         cluster.execute_run, cluster.connect, cluster.refuse_nodes = sleep_run, lambda *_: None, lambda *_: None
         machine = cluster.Cluster("local", folder, {}, gpus=2, cpus=1)
@@ -62,16 +63,18 @@ def simulate(pairs: int, ideal: float = IDEAL, seeds: int = SEEDS) -> tuple[floa
     return seconds, max(ideal, max(work.values()) * scale), at_once
 
 
-def warm_up(pairs: int) -> None:
-    """Have Ray start a worker process for each pair."""
+def warm_up(pairs: int, place: Path) -> None:
+    """Have Ray start a worker process for each pair: none goes on before all are there."""
 
-    @ray.remote(num_gpus=2, num_cpus=1)
-    def wait(until):
+    @ray.remote  # with GPUs here, a worker would end with its first task; with them as options it stays, as a study's
+    def wait(number):
         import lib.study.node  # noqa: F401  what a task imports
 
-        time.sleep(max(0.0, until - time.time()))
+        (place / f"worker-{number}").touch()
+        while len(list(place.glob("worker-*"))) < pairs:
+            time.sleep(0.5)
 
-    ray.get([wait.remote(time.time() + 1 + pairs) for _ in range(pairs)])
+    ray.get([wait.options(num_gpus=2, num_cpus=1).remote(number) for number in range(pairs)])
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ from lib.study import choice, plan
 from stub_study import settle_stub
 plan.TRAIN_NOTEBOOK = Path({stub!r})
 plan.settle = settle_stub
-study.make_report = lambda folder, again: folder / "report.html"
+study.make_report = lambda folder: folder / "report.html"
 {more}
 sys.exit(study.main(sys.argv[1:]))
 """

@@ -114,7 +114,7 @@ def test_a_study_takes_a_choice_made_for_its_settings_only(tmp_path, base):
     with pytest.raises(UserError, match=r"chosen for other settings .*epochs is 3 there, 5 is asked for"):
         read_choice(tmp_path, asked | {"epochs": 5})
     (tmp_path / "choice.json").write_text('{"learning_rate": 1e-5, "batch_size": 32, "why": "copied by hand"}')
-    with pytest.raises(UserError, match="does not say for which settings"):
+    with pytest.raises(UserError, match=r"choice.json: chosen for other settings \(it does not say which\)"):
         read_choice(tmp_path, asked)
 
 

@@ -241,7 +241,7 @@ def test_what_the_user_gives_wins_over_the_choice(stub, tmp_path, stub_tuning, c
     made(stub, folder, "--tune", "--sizes", "128", "-p", "learning_rate", "1e-5")
     assert json.loads((folder / "n128/config.json").read_text())["parameters"]["learning_rate"] == 1e-5
     said = capsys.readouterr().out
-    assert "choice.json: batch_size 16 (the choice was 0.002 x 16; what -p says stays)" in said
+    assert "choice.json: batch_size 16. Chosen for" in said
     made(stub, tmp_path / "others", "--tune", "--sizes", "128", "-p", "learning_rate", "1e-5", "-p", "batch_size", "4")
     assert "nothing to choose" in capsys.readouterr().out and not (tmp_path / "others/tuning").exists()
 
