@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from lib.evaluation.engine import shutdown, wait_until_ready
+from lib.evaluation.memory import cap_policy
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.run import lock as locks
@@ -38,6 +39,7 @@ def start(run: Run) -> str:
             past = read_past(config, run.batches, found)
             run.seconds.update(past["seconds"])
         quiet_libraries(run.log_file)
+        cap_policy(config.train_device, run.savings)
         run.tracker = Tracker(config, run.environment, run.sizes, past)
         if config.eval_device != config.train_device:
             run.engine = start_engine(run, run.log_file)  # goes on while the policy is loaded
