@@ -160,16 +160,9 @@ PARAMETERS = tuple(RunConfig.model_fields)
 # Where and how a run is made, not what it is: its numbers do not depend on these.
 INCIDENTAL = {
     *("runs_dir", "run_name", "overwrite", "resume", "checkpoint_interval", "keep_checkpoint", "keep_model"),
-    *(
-        "microbatch_tokens",
-        "recompute",
-        "trust_remote_code",
-        "log_generations",
-        "verify_sync",
-        "wandb_mode",
-        "wandb_project",
-    ),
-    *("train_device", "eval_device", "gpu_memory_utilization", "engines", "engine_timeout", "eval_beside_training"),
+    *("microbatch_tokens", "recompute", "trust_remote_code", "log_generations", "verify_sync"),
+    *("wandb_mode", "wandb_project", "train_device", "eval_device", "gpu_memory_utilization", "engines"),
+    *("engine_timeout", "eval_beside_training"),
 }
 
 

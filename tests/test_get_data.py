@@ -1,12 +1,15 @@
 """Public data in the course's layout, from files of each source's fields that the tests write; no network."""
 
 import csv
+import datetime
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
+from decimal import Decimal
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -137,7 +140,7 @@ OWN = ["--map", "problem=frage", "trace=weg", "answer=zahl"]
 
 @pytest.mark.parametrize(
     ("preset", "make", "options"),
-    [("gsm8k", gsm8k, []), ("math", lighteval, []), ("math", nlile, []), ("garg", garg, []), ("files", own, OWN)],
+    [("gsm8k", gsm8k, []), ("math", lighteval, []), ("garg", garg, []), ("files", own, OWN)],
 )
 def test_a_preset_from_its_file_to_a_finished_run_by_two_commands(preset, make, options, tmp_path, tiny_model):
     training, made = write(tmp_path / "a.jsonl", [make(number) for number in range(60)]), tmp_path / "made"
@@ -153,8 +156,8 @@ def test_a_preset_from_its_file_to_a_finished_run_by_two_commands(preset, make, 
         assert done.returncode == 0, done.stderr[-3000:]
     run_dir = tmp_path / "n16"
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
-    last, problems = read(run_dir / "evaluations.jsonl")[-1], read(made / "validation.jsonl")
-    assert last["train_step"] == 2 and last["n"] == len(problems) == 6
+    last = [line for line in read(run_dir / "evaluations.jsonl") if line["split"] == "full"][-1]
+    assert last["train_step"] == 2 and last["n"] == len(read(made / "validation.jsonl")) == 6
     assert [bool(last[f"by_{name}"]) for name in ("level", "subject")] == [preset == "math"] * 2
 
 
@@ -199,6 +202,18 @@ def test_columns_of_a_user_s_own_file_are_mapped(tmp_path, monkeypatch):
     # One problem has no trace already: the others keep theirs.
     traced = {row["prompt"].split("User: ")[-1].split("\n")[0] for row in read(folder / "sft.jsonl")}
     assert traced == {row["problem"] for row in read(folder / "train.jsonl")} - {rows[-1]["frage"]}
+
+
+def test_the_kinds_of_a_parquet_file_are_read_or_refused_with_their_row(tmp_path, monkeypatch, capsys):
+    rows = [{"problem": problem(n)[0], "trace": "So.", "answer": Decimal(n) / 8} for n in range(8, 28)]
+    run(monkeypatch, "files", tmp_path / "made", "--from", write(tmp_path / "a.parquet", rows))
+    found = read(tmp_path / "made" / "train.jsonl") + read(tmp_path / "made" / "validation.jsonl")
+    assert {Fraction(row["answer"]) for row in found} == {Fraction(n, 8) for n in range(8, 28)}
+    for wrong in (datetime.date(2026, 1, 2), b"16", ["16"], {"value": 16}, True):
+        training = write(tmp_path / "b.parquet", [row | {"answer": wrong} for row in rows])
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "files", tmp_path / "none", "--from", training)
+        assert "b.parquet, row 1: 'answer' must be a text or a number, not " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_near_duplicates_of_validation_problems_leave_both_training_files(tmp_path, monkeypatch):

@@ -17,13 +17,13 @@ import torch
 from conftest import mini_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lib.benchmark import cards
 from lib.data import Example, load_examples
 from lib.evaluation.engine import Sampling, generate, init_vllm, rest, shutdown
 from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.run import prepare as prepare_module
 from lib.run.evaluations import evaluate_policy
-from lib.run.life_cycle import finish
+from lib.run.life_cycle import finish, record, training_steps
+from lib.run.life_cycle import start as start_run
 from lib.settings import resolve
 from lib.training import checkpoint
 from lib.training.attention import _attend_at_once, _attend_in_turn, make_packing
@@ -225,8 +225,17 @@ def test_a_run_on_a_small_card_ends_with_proven_weights(tmp_path, parameters, mo
 
     monkeypatch.setattr("lib.run.run.rest", note_rest)
     try:
-        cards.train(run, 80)
-        position = run.tracker.metrics[-1]
+        start_run(run)
+        for step in training_steps(run):  # as the notebook does
+            for microbatch in step.microbatches:
+                states = forward(run.policy, microbatch, "bf16")
+                step.add(*backward(run.policy, states, microbatch, step.response_tokens, "bf16"))
+            step.check(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0))
+            set_learning_rate(run.optimizer, step.learning_rate)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            position = record(run, step)
+        evaluate_policy(run, position)
         evaluate_policy(run, position)  # awake again
         lines = evaluate_policy(run, position)
         assert run.engine.asleep and len(seen) == 4
@@ -238,7 +247,6 @@ def test_a_run_on_a_small_card_ends_with_proven_weights(tmp_path, parameters, mo
         assert losses[-1] < losses[0]
     finally:
         finish(run)
-        torch.cuda.set_per_process_memory_fraction(1.0, "cuda:0")
     torch.cuda.empty_cache()
 
 

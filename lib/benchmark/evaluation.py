@@ -5,7 +5,6 @@ import functools
 import itertools
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lib.benchmark import profile, rows
+from lib.benchmark.processes import watched
 from lib.benchmark.rows import Settings, attempt
 from lib.data import Problem, load_examples, load_problems, stratified_subset
 from lib.evaluation.engine import answer, init_vllm, shutdown
@@ -37,18 +37,12 @@ def questions(settings: Settings) -> tuple[list[list[int]], list[Problem]]:
 def timed(row: dict, device: str):
     """Add the seconds of a block to `row`, and how busy the GPU was: the share of the time in which a kernel ran on it,
     as nvidia-smi samples it."""
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200"]
-    gpu = ["--id=" + os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]]
-    sampler = None if device == "cpu" else subprocess.Popen(query + gpu, stdout=subprocess.PIPE, text=True)
-    begin = time.perf_counter()
-    try:
+    gpu, begin = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0], time.perf_counter()
+    with watched("utilization.gpu", device, gpu) as samples:
         yield
-    finally:
-        row["seconds"] = time.perf_counter() - begin
-        if sampler is not None:
-            sampler.terminate()
-            if samples := sampler.communicate()[0].split():
-                row["gpu_busy"] = statistics.mean(map(int, samples)) / 100
+    row["seconds"] = time.perf_counter() - begin
+    if samples:
+        row["gpu_busy"] = statistics.mean(samples) / 100
 
 
 @contextlib.contextmanager

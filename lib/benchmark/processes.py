@@ -1,5 +1,6 @@
-"""Each part in a process of its own, with a limit of time."""
+"""Each part in a process of its own, with a limit of time; what a GPU does meanwhile."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -38,3 +39,17 @@ def run_part(part: str, folder: Path, settings: dict, limit: float) -> float:
     missing = [variant for variant in settings["variants"] if variant not in done]
     append_lines(out, [{"part": part, "variant": variant, "error": reason} for variant in missing])
     return time.monotonic() - started
+
+
+@contextlib.contextmanager
+def watched(value: str, device: str, gpu: str):
+    """What nvidia-smi said of a GPU every 200 ms of a block: `utilization.gpu` in %, `memory.used` in MiB."""
+    query = ["nvidia-smi", f"--query-gpu={value}", f"--id={gpu}", "--format=csv,noheader,nounits", "--loop-ms=200"]
+    samples: list[int] = []
+    sampler = None if device == "cpu" else subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+    try:
+        yield samples
+    finally:
+        if sampler is not None:
+            sampler.terminate()
+            samples += map(int, sampler.communicate()[0].split())

@@ -19,8 +19,8 @@ from lib.data import distinct, load_examples
 from lib.environment import device_name
 from lib.settings import Optimization
 from lib.training import attention, policy
-from lib.training.batching import Sequence, encode, make_batches, make_microbatches
-from lib.training.reference import get_response_log_probs, pad_and_shift, sft_microbatch_train_step
+from lib.training.batching import Sequence, encode, make_batches, make_microbatches, pad
+from lib.training.reference import get_response_log_probs, sft_microbatch_train_step
 from lib.training.steps import learning_rates, make_optimizer, train_steps
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # FLOP/s of dense bf16 matrix products
@@ -97,9 +97,7 @@ def naive_row(model: torch.nn.Module, batches: Batches, settings: Settings, size
         # The step averages over sequences and microbatches: this makes it a mean over the batch's response tokens.
         constant = sum(s.response_length for s in batch) / size / len(parts)
         for part in parts:
-            ids = [torch.tensor(s.token_ids) for s in part]
-            masks = [torch.arange(len(s.token_ids)) >= s.prompt_length for s in part]
-            inputs = {name: t.to(settings.device) for name, t in pad_and_shift(ids, masks, 0).items()}
+            inputs = pad(part, 0, settings.device)
             with policy.autocast(settings.device, PRECISION):
                 log_probs = get_response_log_probs(model, inputs["input_ids"], inputs["labels"])["log_probs"]
             loss += sft_microbatch_train_step(log_probs, inputs["response_mask"], len(parts), constant)[0]

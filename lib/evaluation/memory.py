@@ -4,6 +4,7 @@ vLLM would measure it instead, and count what other processes take or give back 
 """
 
 import functools
+import os
 import subprocess
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ GRADIENT_BYTES = 4  # of them, which are free between steps
 ASLEEP = 2 * GIB  # what an engine that sleeps keeps, at most: CUDA, its graphs and buffers
 LEAST_TOKENS = 2048  # in a forward pass, before a smaller one is not worth trying
 LOGITS_BYTES = 2 * GIB  # of a policy that takes its logits part by part, and CUDA itself
-limit: int | None = None  # bytes that a card is taken to have, for measuring what smaller ones do
+CARD_GB = "SFT_CARD_GB"  # variable of the environment: every GPU counts as one of so many GB, to try smaller cards
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,27 @@ def plan_savings(
 
 
 def card_memory(device: str) -> tuple[int, int]:
-    """Total and free bytes of a GPU, without a CUDA context on it; `limit` makes it a smaller one."""
+    """Total and free bytes of a GPU, without a CUDA context on it; `CARD_GB` makes it a smaller one."""
     query = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.check_output([*query, f"--id={gpu_id(device)}"], text=True, timeout=30)
         total, free = (int(part) << 20 for part in output.split(","))
     except (OSError, subprocess.SubprocessError, ValueError):  # such as for a part of a card (MIG)
         free, total = torch.cuda.mem_get_info(device)
-    taken, total = total - free, min(total, limit or total)
+    taken, total = total - free, min(total, _card_limit() or total)
     return total, max(0, total - taken)
+
+
+def _card_limit() -> int | None:
+    return int(float(os.environ[CARD_GB]) * 1e9) if CARD_GB in os.environ else None
+
+
+def cap_policy(device: str, savings: Savings) -> None:
+    """Where `CARD_GB` is set, PyTorch may take no more than what a sleeping engine leaves of such a card."""
+    if device != "cpu" and (limit := _card_limit()):
+        whole = torch.cuda.get_device_properties(device).total_memory
+        left = limit - (ASLEEP if savings.sleep else 0)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, left / whole), device)
 
 
 def plan_share(

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from lib.evaluation.verdicts import VERDICT_WORDS, VERDICTS
 from lib.report.canvas import GREY, HALO, PURPLE, VERMILION, bare_bars, canvas, legend_above, look, percent_axis, styled
-from lib.report.tables import signed
 
 NOTE = {"textcoords": "offset points", "path_effects": HALO}  # of every annotation
 SMOOTHED = 5  # optimizer steps, the same for runs of any length
@@ -21,7 +20,7 @@ VERDICT_LOOK = {  # fill and ink; from Okabe and Ito's palette, dark to light, s
 def examples_axis(axes, seen: pd.Series, between_ticks: float = 4.0):
     """Examples seen: 0 for the base, then logarithmic from the first evaluation on, so that short runs show."""
     first, last = seen[seen > 0].min(), seen.max()
-    axes.set_xlabel("training examples seen (log)")
+    axes.set_xlabel("examples seen (log)")
     if last > 0:
         axes.set_xscale("symlog", linthresh=first, linscale=0.35, base=2)
     ticks = 25 * between_ticks ** np.arange(20)
@@ -44,7 +43,7 @@ def accuracy_curves(curves: pd.DataFrame, target: float | None = None):
     examples_axis(axes, curves["examples_seen"])
     percent_axis(axes.yaxis)
     axes.set_ylabel("validation accuracy")
-    top = curves["accuracy_high"].max()
+    top = curves[["accuracy", "accuracy_high"]].max(axis=None)
     near = bool(target) and target <= 2 * top  # a target far above would press all curves to the floor
     axes.set_ylim(bottom=0, top=max(top, target if near else 0) * 1.06)
     if target:
@@ -58,7 +57,7 @@ def accuracy_curves(curves: pd.DataFrame, target: float | None = None):
 
 
 @styled
-def final_accuracy(sampled: pd.DataFrame, greedy: pd.DataFrame, seeds: pd.DataFrame, published=()):
+def final_accuracy(sampled: pd.DataFrame, greedy: pd.DataFrame, seeds: pd.DataFrame, published: pd.DataFrame):
     """Accuracy and form at the end over the number of traces. Filled: sampled with intervals, points: single seeds,
     hollow: greedy, dashes: the lenient reading. `seeds`: `final_lines`."""
     figure, panels = canvas(3.8, columns=2, sharex=True)
@@ -74,10 +73,9 @@ def final_accuracy(sampled: pd.DataFrame, greedy: pd.DataFrame, seeds: pd.DataFr
         axes.plot(unfiltered["selected"], unfiltered[key], color="#bbbbbb", zorder=1)
         for size, row in sampled.drop(index="base", errors="ignore").iterrows():
             final_point(axes, size, row, key, greedy, seeds.loc[seeds["size"] == size, key])
-        for source in published:
-            n, accuracy, form = np.array([point for point in source["points"].values() if point[0]], float).T
-            theirs = {"color": "black", "markersize": 7, "label": source["source"].split("/")[0]}
-            axes.plot(n, accuracy if key == "accuracy" else form, source["mark"], **theirs)
+        for source, theirs in published[published["n"] > 0].groupby("source"):
+            look_of_it = {"color": "black", "markersize": 7, "label": source.partition("/")[0]}
+            axes.plot(theirs["n"], theirs[key], theirs["mark"].iloc[0], linestyle="none", **look_of_it)
         axes.set_xlabel("distinct training traces")
         axes.xaxis.set_major_formatter("{x:.0f}")
         percent_axis(axes.yaxis)
@@ -88,7 +86,7 @@ def final_accuracy(sampled: pd.DataFrame, greedy: pd.DataFrame, seeds: pd.DataFr
 
 def final_point(axes, size, row, key, greedy, seeds):
     """One size: its mean with its interval, its seeds, greedy and lenient marks."""
-    style, x = look(size), row["selected"]
+    style, x = look(size), row["selected"] * (0.93 if size == "control" else 1)
     axes.vlines(x, row[f"{key}_low"], row[f"{key}_high"], color=style.colour, linewidth=2)
     if len(seeds) > 1:
         axes.plot([x * 1.06] * len(seeds), seeds, ".", color=style.colour, alpha=0.55, markersize=4)
@@ -105,20 +103,19 @@ def verdicts(sampled: pd.DataFrame):
     counts = sampled.loc[sizes, list(VERDICTS)]
     shares = counts.div(counts.sum(axis=1), axis=0)
     figure, (axes,) = canvas(0.9 + 0.36 * len(sizes))
-    left = np.zeros(len(sizes))
-    for verdict in VERDICTS:
-        colour, ink = VERDICT_LOOK[verdict]
-        named = {"color": colour, "label": VERDICT_WORDS[verdict]}
-        bars = axes.barh(range(len(sizes)), shares[verdict], left=left, edgecolor="white", height=0.72, **named)
+    fills = {VERDICT_WORDS[verdict]: VERDICT_LOOK[verdict][0] for verdict in VERDICTS}
+    shares.rename(columns=VERDICT_WORDS).plot.barh(
+        stacked=True, ax=axes, color=fills, edgecolor="white", width=0.72, legend=False
+    )
+    for bars, verdict in zip(axes.containers, VERDICTS, strict=True):
         texts = [f"{share * 100:.0f}" if share >= 0.05 else "" for share in shares[verdict]]
-        axes.bar_label(bars, texts, label_type="center", color=ink)
-        left += shares[verdict].to_numpy()
+        axes.bar_label(bars, texts, label_type="center", color=VERDICT_LOOK[verdict][1])
     legend_above(figure, axes)
     axes.set_yticks(range(len(sizes)), [look(size).label for size in sizes])
     bare_bars(axes)
     axes.set_xlim(0, 1)
     percent_axis(axes.xaxis)
-    axes.set_xlabel("share of validation answers")
+    axes.set(xlabel="share of validation answers", ylabel="")
     return figure, shares.iloc[::-1].reset_index()
 
 
@@ -131,6 +128,9 @@ def training(metrics: pd.DataFrame, curves: pd.DataFrame):
         axes.set_title(title)
         axes.set_ylabel("nats a response token")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
     draw_lines(length, curves, "mean_tokens")
     length.set(title="Length of responses", ylabel="tokens", ylim=(0, None))
     for axes, seen in ((loss, metrics), (entropy, metrics), (length, curves)):
@@ -152,56 +152,6 @@ def draw_lines(axes, curves: pd.DataFrame, column: str):
         style = look(size)
         marks = {"marker": style.marker, "markeredgecolor": "white", "markeredgewidth": 0.6, "label": style.label}
         axes.plot(curve["examples_seen"], curve[column], style.line, color=style.colour, **marks)
-
-
-@styled
-def heat_map(tables: dict[str, pd.DataFrame]):
-    """Accuracy by subject and level, one panel a size, how many of how many problems small beneath each value."""
-    levels = sorted({level for table in tables.values() for level in table["level"]})
-    subjects = sorted({subject for table in tables.values() for subject in table["subject"]})
-    figure, panels = canvas(1.1 + 0.44 * len(subjects), columns=len(tables), sharey=True)
-    top = max((table["correct"] / table["n"]).max() for table in tables.values()) or 1
-    for axes, (size, table) in zip(panels, tables.items(), strict=True):
-        cells = table.assign(accuracy=table["correct"] / table["n"]).pivot(index="subject", columns="level")
-        cells = cells.reindex(subjects).reindex(columns=levels, level="level")
-        axes.imshow(cells["accuracy"], cmap="viridis", vmin=0, vmax=top, aspect="auto")
-        write_cells(axes, *(cells[name].to_numpy() for name in ("accuracy", "correct", "n")), top)
-        axes.set_xticks(range(len(levels)), [level.replace("Level ", "") for level in levels])
-        axes.set_yticks(range(len(subjects)), subjects)
-        axes.set_title(look(size).label)
-        axes.set_xlabel("level")
-        bare_bars(axes)
-    return figure, pd.concat([table.assign(size=size) for size, table in tables.items()])
-
-
-def write_cells(axes, values, correct, counts, top):
-    for row, column in np.ndindex(values.shape):
-        if counts[row, column] > 0:
-            ink = "black" if values[row, column] > 0.55 * top else "white"
-            shared = {"ha": "center", "va": "center", "color": ink}
-            axes.text(column, row - 0.12, f"{values[row, column] * 100:.0f} %", **shared)
-            small = f"{correct[row, column]:.0f} of {counts[row, column]:.0f}"
-            axes.text(column, row + 0.28, small, fontsize=6, **shared)
-
-
-@styled
-def differences(parts: dict):
-    """Estimates of differences, a row each with its 95 % interval; the first is the whole that the others explain."""
-    figure, (axes,) = canvas(0.8 + 0.38 * len(parts))
-    for place, part in enumerate(reversed(parts.values())):
-        colour = VERMILION if place == len(parts) - 1 else GREY
-        axes.hlines(place, part.low, part.high, color=colour, linewidth=2)
-        axes.plot(part.value, place, "o", color=colour, markersize=8)
-        axes.annotate(signed(part.value), (part.value, place), (0, 7), ha="center", **NOTE)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(parts)), list(parts)[::-1])
-    axes.set_ylim(-0.5, len(parts) - 0.3)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: signed(value)))
-    axes.set_xlabel("percentage points of validation accuracy, 95 % intervals")
-    bare_bars(axes)
-    axes.grid(True, axis="x")
-    rows = [{"part": name, "value": part.value, "low": part.low, "high": part.high} for name, part in parts.items()]
-    return figure, pd.DataFrame(rows)
 
 
 @styled

@@ -40,7 +40,7 @@ class Study:
     runs: list[RunFolder]
     metrics: pd.DataFrame
     evaluations: pd.DataFrame
-    incomplete: list[tuple[str, int, int, int]]  # evaluations left out: run, train_step, answers graded, of how many
+    incomplete: pd.DataFrame  # evaluations left out, since some of their answers failed
     doubles: list[tuple[str, str]]  # runs left out, and which run of the same size and seed stands for them
 
     @property
@@ -62,36 +62,38 @@ class Study:
 
     @property
     def profile(self) -> str:
-        return next((run.parameters.get("profile", "") for run in self.runs if run.parameters), "")
+        return self.finished[0].parameters.get("profile", "")
 
 
 def load(runs_dir) -> Study:
     """Every run directly under `runs_dir`. UserError where none is finished."""
     folder = absolute(runs_dir)
-    shown = shown_path(folder)
     if not folder.is_dir():
-        raise UserError(f"runs_dir: there is no folder {shown}")
+        raise UserError(f"runs_dir: there is no folder {shown_path(folder)}")
     folders = {path.parent for name in ("config", "failed") for path in folder.glob(f"*/{name}.json")}
     runs = [read_run(child) for child in sorted(folders)]
-    if not runs:
-        raise UserError(f"runs_dir: {shown} holds no run; make one with notebooks/train.ipynb or lib.study")
     if not any(run.status == "finished" for run in runs):
         states = [f"{run.name} {f'failed ({run.reason})' if run.reason else 'is not finished'}" for run in runs]
-        raise UserError(f"runs_dir: no run in {shown} is finished: {'; '.join(states)}")
-    runs = [replace(run, size="control") if is_control(run, runs) else run for run in runs]
-    runs.sort(key=lambda run: (run.size.startswith("filtered"), run.size == "control", selected(run), run.seed))
-    runs, doubles = one_for_each(runs)
+        found = f": {'; '.join(states)}" if states else "; make one with notebooks/train.ipynb or lib.study"
+        raise UserError(f"runs_dir: {shown_path(folder)} holds no run that is finished{found}")
+    filtered = {run.data.get("selected") for run in runs if run.size == "filtered"}
+    runs = [replace(run, size="control") if is_control(run, filtered) else run for run in runs]
+    runs.sort(key=claim)
+    stands = {(run.size, run.seed): run for run in reversed(runs)}  # the run with the best claim is the last to be set
+    doubles = [(r.name, stands[r.size, r.seed].name) for r in runs if r is not stands[r.size, r.seed]]
+    runs = sorted(stands.values(), key=place)
     metrics, evaluations = (
-        [
-            {"run": run.name, "size": run.size, "seed": run.seed, "path": run.folder / row.get("records", ""), **row}
+        pd.DataFrame(
+            {"run": run.name, "size": run.size, "seed": run.seed, "samples": 1, **row}
+            | {"path": run.folder / row.get("records", "")}
             for run in runs
             for row in read_lines(run.folder / name)
-        ]
+        )
         for name in ("metrics.jsonl", "evaluations.jsonl")
     )
-    whole = [row for row in evaluations if graded(row) == asked(row)]
-    broken = [(r["run"], r["train_step"], graded(r), asked(r)) for r in evaluations if graded(r) != asked(r)]
-    return Study(folder, runs, pd.DataFrame(metrics), pd.DataFrame(whole), broken, doubles)
+    evaluations["graded"] = evaluations[list(VERDICTS)].sum(axis=1)
+    whole = evaluations["graded"] == evaluations["n"] * evaluations["samples"]
+    return Study(folder, runs, metrics, evaluations[whole], evaluations[~whole], doubles)
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -108,42 +110,25 @@ def read_run(folder: Path) -> RunFolder:
 
 def size_of(parameters: dict) -> str:
     """The name of a run's size, the same for every seed: n128, ..., full, filtered."""
-    n = parameters["n"]
-    if not isinstance(n, int):
-        return "filtered" if parameters.get("filtered") else "full"
-    return f"filtered{n}" if parameters.get("filtered") else f"n{n}"
+    n, filtered = parameters["n"], parameters.get("filtered")
+    if isinstance(n, int):
+        return f"filtered{n}" if filtered else f"n{n}"
+    return "filtered" if filtered else "full"
 
 
-def is_control(run: RunFolder, runs: list[RunFolder]) -> bool:
-    """Whether a run is the filter's control: a random subset with as many traces as the filtered set."""
-    filtered = {selected(other) for other in runs if other.size == "filtered"}
+def is_control(run: RunFolder, filtered: set) -> bool:
+    """Whether a run is the filter's control: a random subset with as many traces as a filtered set."""
     return run.size not in SIZES and not run.parameters.get("filtered") and run.parameters.get("n") in filtered
 
 
-def selected(run: RunFolder) -> int:
-    """Traces that a run was trained on; 0 where it failed before they were chosen."""
-    return run.data.get("selected", 0)
+def claim(run: RunFolder) -> tuple:
+    """Which of several runs of a size and seed stands for them: a finished one, then the one with the study's name."""
+    n, filtered = run.parameters.get("n"), run.parameters.get("filtered", False)
+    return run.status != "finished", run.name != default_run_name(n, filtered, run.seed), run.name
 
 
-def one_for_each(runs: list[RunFolder]) -> tuple[list[RunFolder], list[tuple[str, str]]]:
-    """One run a size and seed, a finished one or else the one with the study's own name; and the others' names."""
-
-    def rank(run: RunFolder) -> tuple:
-        n, filtered = run.parameters.get("n"), run.parameters.get("filtered", False)
-        return run.status != "finished", run.name != default_run_name(n, filtered, run.seed), run.name
-
-    stands = {(run.size, run.seed): run for run in sorted(runs, key=rank, reverse=True)}  # the first by rank stays
-    twins = [(run, stands[run.size, run.seed]) for run in runs]
-    return [run for run, twin in twins if run is twin], [(r.name, twin.name) for r, twin in twins if r is not twin]
-
-
-def graded(row: dict) -> int:
-    """How many answers of an evaluation have a verdict: fewer than were asked for where a part of it failed."""
-    return sum(row[verdict] for verdict in VERDICTS)
-
-
-def asked(row: dict) -> int:
-    return row["n"] * row.get("samples", 1)
+def place(run: RunFolder) -> tuple:
+    return run.size.startswith("filtered"), run.size == "control", run.data.get("selected", 0), run.seed
 
 
 def shown_path(path) -> str:
@@ -156,11 +141,8 @@ def shown_path(path) -> str:
 
 
 def final_lines(study: Study, decoding: str = "sampled") -> pd.DataFrame:
-    """The evaluation lines that the report's numbers are from: one a size and seed.
-
-    Every finished run's last full evaluation, and before them the zero-shot ones as a size of their own, "base": those
-    of the runs that measured it themselves, or one where only reused copies are there.
-    """
+    """The evaluation lines that the report's numbers are from: every finished run's last full one, and before them the
+    zero-shot ones as a size "base": those of the runs that measured it, or one where only reused copies are there."""
     rows = study.evaluations[study.evaluations["decoding"] == decoding]
     base = rows[rows["train_step"] == 0].sort_values("split").drop_duplicates("run")  # "full" before "subset"
     own = base[base["reused_from"].isna()] if "reused_from" in base else base
@@ -179,11 +161,8 @@ def records(path: Path) -> pd.DataFrame:
 
 
 def cells(lines: pd.DataFrame, column: str = "correct") -> pd.DataFrame:
-    """The share of `column` over the samples of each problem: rows problems, columns seeds. `lines`: evaluations of one
-    size at one moment, a seed each. Empty where the answers of a seed are gone or don't have the column.
-
-    Only problems that every seed answered.
-    """
+    """The share of `column` over the samples of each problem that every seed answered: rows problems, columns seeds.
+    `lines`: a seed each. Empty where the answers of a seed are gone or don't have the column."""
     tables = {seed: records(path) for path, seed in zip(lines["path"], lines["seed"], strict=True)}
     if any(rows.empty or rows[column].isna().any() for rows in tables.values()):
         return pd.DataFrame()

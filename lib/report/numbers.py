@@ -10,16 +10,7 @@ import pandas as pd
 from lib.evaluation.verdicts import VERDICTS
 from lib.files import read_json, read_lines
 from lib.report.load import Study, cells, final_lines, records, shown_path
-from lib.report.statistics import (
-    LEVEL,
-    Estimate,
-    holm,
-    mean_share,
-    paired_difference,
-    share_from_counts,
-    split,
-    trend,
-)
+from lib.report.statistics import LEVEL, Estimate, holm, mean_share, paired_difference, split, trend
 
 # What may differ between the runs of one study: what the study varies, where a run was kept, and what `gaps` says.
 OWN_PARAMETERS = {"n", "filtered", "seed", "run_name", "runs_dir", "git_dirty"}
@@ -46,39 +37,41 @@ def final(study: Study, decoding: str = "sampled") -> pd.DataFrame:
 
 
 def over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Evaluation lines over seeds, one row for each of `keys`.
-
-    Means; `seeds`; the accuracy's spread `lowest`..`highest`; `undecided` in all; 95 % intervals of shares
-    (`accuracy_low`, ...); `pass_at_k` of several samples a problem; the shares of the accuracy's variance that come
-    from seeds and from sampling. NaN is what was not measured.
-    """
+    """Evaluation lines over seeds, one row for each of `keys`: means, 95 % intervals of shares (`accuracy_low`, ...),
+    `undecided` in all, what `several_samples` tell. NaN is what was not measured."""
     measured = [*MEASURED, "undecided"]
-    rows = rows.reindex(columns=[*dict.fromkeys([*keys, "seed", "path", *measured])])
+    rows = rows.reindex(columns=[*dict.fromkeys([*keys, "seed", "path", "samples", *measured])])
     rows = rows.astype(dict.fromkeys(measured, float))  # None, where nothing was, is NaN
     table = []
     for values, group in rows.groupby(keys, sort=False):
         row = dict(zip(keys, values, strict=True)) | group[MEASURED].mean().to_dict()
-        row |= {"seeds": len(group), "undecided": group["undecided"].sum(min_count=1)}
+        row |= {
+            "seeds": len(group),
+            "samples": group["samples"].max(),
+            "undecided": group["undecided"].sum(min_count=1),
+        }
         row |= {"lowest": group["accuracy"].min(), "highest": group["accuracy"].max()}
+        row |= dict.fromkeys(["pass_at_k", "seed_share", "sampling_share"], np.nan)
         for key, column in SHARES.items():
             found = cells(group, column).to_numpy().T
             mean = mean_share(found) if found.size else None
-            counted = share_from_counts(group[key].tolist(), row["n"])
-            row[f"{key}_low"], row[f"{key}_high"] = (mean.low, mean.high) if mean else counted
+            row[f"{key}_low"], row[f"{key}_high"] = (mean.low, mean.high) if mean else (np.nan, np.nan)
             if key == "accuracy" and mean:
-                samples = int(records(group["path"].iloc[0])["id"].value_counts().max())
-                row |= {"seed_share": mean.seed_share, **several_samples(found, samples, mean)}
+                row |= {"seed_share": mean.seed_share, **several_samples(found, group["samples"].to_numpy(), mean)}
         table.append(row)
-    unmeasured = dict.fromkeys(["samples", "pass_at_k", "seed_share", "sampling_share"], np.nan)
-    return pd.DataFrame([{**unmeasured, **row} for row in table])
+    return pd.DataFrame(table)
 
 
-def several_samples(shares: np.ndarray, samples: int, mean: Estimate) -> dict[str, float]:
-    """`shares`: right ones of `samples`, (seeds, problems)."""
-    if samples == 1 or not mean.error:
-        return {"samples": samples}
-    sampling = (shares * (1 - shares) / (samples - 1)).mean() / shares.size  # of the mean's variance
-    return {"samples": samples, "pass_at_k": (shares > 0).mean(), "sampling_share": sampling / mean.error**2}
+def several_samples(shares: np.ndarray, samples: np.ndarray, mean: Estimate) -> dict[str, float]:
+    """`pass_at_k`, of the seeds with most samples, and the share of the mean's variance that is sampling; `shares`
+    (seeds, problems) are means over `samples` (seeds,)."""
+    if samples.max() == 1 or not mean.error:
+        return {}
+    several, k = shares[samples > 1], samples[samples > 1, None]
+    one_answer = (several * (1 - several) * k / (k - 1)).mean()  # variance of one answer, the problem given
+    sampling = one_answer * (1 / samples).mean() / shares.size
+    most = shares[samples == samples.max()]
+    return {"pass_at_k": (most > 0).mean(), "sampling_share": sampling / mean.error**2}
 
 
 # --- Comparisons ---------------------------------------------------------------------------------------------------
@@ -140,30 +133,14 @@ def compare(study: Study, first: str, second: str) -> Comparison | None:
 
 
 def shared_cells(study: Study, first: str, second: str, column: str, decoding: str = "sampled"):
-    """Two arrays (seeds, problems) over the problems that both sizes answered, or None.
-
-    All seeds of both are used; at least one must be the same, as runs of one seed share subset, order and sampling.
-    """
+    """Two arrays (all seeds, problems of both), or None where no problem or no seed is shared: runs of one seed share
+    subset, order and sampling."""
     lines = final_lines(study, decoding)
     one, two = (cells(lines[lines["size"] == size], column) for size in (first, second))
     problems = one.index.intersection(two.index)
     if not len(problems) or not set(one.columns) & set(two.columns):
         return None
     return one.loc[problems].to_numpy().T, two.loc[problems].to_numpy().T
-
-
-def parts_of_filter(changes: dict[tuple[str, str], Comparison]) -> dict[str, Estimate]:
-    """The filtered set's difference and what explains it, by name: form and correctness; fewer and better traces."""
-    whole, fewer, better = (changes.get(pair) for pair in FILTER_PAIRS)
-    parts = {
-        "filtered minus full": whole.accuracy,
-        "by more answers in the right form": whole.form,
-        "by answers in that form being right": whole.correctness,
-        "the same by the lenient reading": whole.lenient,
-        "fewer traces: control minus full": fewer and fewer.accuracy,
-        "better traces: filtered minus control": better and better.accuracy,
-    }
-    return {name: part for name, part in parts.items() if part}
 
 
 def trend_over_n(study: Study) -> Estimate | None:
@@ -177,36 +154,30 @@ def trend_over_n(study: Study) -> Estimate | None:
     return trend(pd.concat(tables)) if tables else None
 
 
-# --- Answers -------------------------------------------------------------------------------------------------------
+# --- Answers and runs ----------------------------------------------------------------------------------------------
 
 
-def by_subject_and_level(study: Study, size: str) -> pd.DataFrame:
-    """Columns subject, level, n, correct of a size's final answers, over its seeds; empty for data without either."""
+def by_subject_and_level(study: Study) -> pd.DataFrame:
+    """Columns size, subject, level, n, correct of the final answers, over seeds; empty for data without either."""
     lines = final_lines(study)
-    rows = pd.concat([records(path) for path in lines.loc[lines["size"] == size, "path"]])
-    rows = rows[["subject", "level", "correct"]].dropna().astype({"correct": float})
-    return rows.groupby(["subject", "level"])["correct"].agg(n="size", correct="sum").reset_index()
-
-
-# --- Runs ----------------------------------------------------------------------------------------------------------
+    rows = pd.concat(records(line.path).assign(size=line.size) for line in lines[["size", "path"]].itertuples())
+    rows = rows[["size", "subject", "level", "correct"]].dropna().astype({"correct": float})
+    return rows.groupby(["size", "subject", "level"])["correct"].agg(n="size", correct="sum").reset_index()
 
 
 def costs(study: Study) -> pd.DataFrame:
-    """Seconds a stage, device-hours, tokens/s and peak memory of every finished run; a CPU is one device.
-
-    `evaluation` holds the base's (where the run measured it itself) and the sending of weights; `other` is the rest.
-    """
+    """Seconds, device-hours, tokens/s and peak memory of every run; a CPU is one device, and `evaluation` holds
+    the sending of weights and the base's evaluation where the run made it."""
     rows = []
     for run in study.finished:
         devices = {run.environment.get("train_device", "cpu"), run.environment.get("eval_device", "cpu")}
         seconds = run.summary["seconds"]
-        row = {"run": run.name, "size": run.size, "total": seconds["total"]}
-        stages = {stage: seconds.get(stage, 0.0) for stage in ("setup", "engine_start", "train")}
-        stages["evaluation"] = seconds.get("evaluate", 0.0) + seconds.get("sync", 0.0)
-        stages["other"] = max(seconds["total"] - sum(stages.values()), 0.0)
-        row |= {**stages, "device_hours": len(devices) * seconds["total"] / 3600}
+        row = {"run": run.name, "size": run.size, "total": seconds["total"], "train": seconds.get("train", 0.0)}
+        row["evaluation"] = seconds.get("evaluate", 0.0) + seconds.get("sync", 0.0)
+        row["other"] = max(row["total"] - row["train"] - row["evaluation"], 0.0)
+        row["device_hours"] = len(devices) * seconds["total"] / 3600
         row["tokens_per_second"] = run.summary.get("train_tokens_per_second")
-        row |= {"peak_memory_gib": (run.summary.get("peak_train_memory_bytes") or np.nan) / 2**30}
+        row["peak_memory_gib"] = (run.summary.get("peak_train_memory_bytes") or np.nan) / 2**30
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -1,6 +1,7 @@
 """The report's sentences that depend on the runs: another outcome gives other words. All of them are Markdown."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -8,7 +9,6 @@ from lib.files import absolute
 from lib.report import numbers
 from lib.report.load import SIZES, Study, shown_path
 from lib.report.numbers import Comparison
-from lib.report.statistics import MARGIN
 from lib.report.tables import listed, named, p_text, percent, points, published, signed, with_interval
 
 TARGET = 0.15  # the assignment: at least 15 % on MATH with the full set, learning rate and batch size tuned
@@ -17,7 +17,11 @@ VERBS = {  # after "More traces" and "Keeping only the correct traces"
     "gain": ("gain", "gains"),
     "loss": ("lose", "loses"),
     "alike": ("make no difference of 2 points or more:", "makes no difference of 2 points or more:"),
-    "undecided": ("make no difference that this study can tell:", "makes no difference that this study can tell:"),
+    "undecided": ("show no clear difference:", "shows no clear difference:"),
+}
+DATA = {
+    "math": "MATH",
+    "mini": "the generated `mini` problems (training and validation problems are of the same 35 families)",
 }
 RECIPE = ("learning_rate", "batch_size", "epochs", "temperature", "top_p", "max_new_tokens")
 
@@ -30,30 +34,29 @@ def target_accuracy(study: Study) -> float | None:
 
 
 def title(study: Study, note: str | None = None) -> str:
-    data = {"math": "MATH", "mini": "the generated `mini` problems"}.get(study.profile, "problems")
-    models = sorted({run.parameters["model"] for run in study.runs if run.parameters.get("model")})
-    cards = [f"**The model.** {card}" for card in map(model_card, models) if card]
+    models = sorted({run.parameters["model"] for run in study.finished})
     question = (
-        f"**Question.** A model ({listed(f'`{shown_path(model)}`' for model in models) or 'not recorded'}) is "
-        f"fine-tuned on n reasoning traces for {data}. How does its accuracy on validation problems depend on n, and "
-        "does it help to keep only the traces whose answer is correct?"
+        f"**Question.** A model ({listed(f'`{shown_path(model)}`' for model in models)}) is fine-tuned on n reasoning "
+        f"traces for {DATA.get(study.profile, 'problems')}. How does its accuracy on validation problems depend on n, "
+        "and does it help to keep only the traces whose answer is correct?"
     )
+    cards = [first_paragraph(absolute(folder) / "README.md") for folder in (*models, study.folder)]
+    if study.profile == "math" and published(study).empty:
+        cards.append("*The assignment's model, Qwen2.5-Math-1.5B, is another one: its own numbers will differ.*")
     heading = "# What does supervised fine-tuning gain from more, or better, reasoning traces?"
-    return "\n\n".join([heading, question, *cards, *([note] if note else [])])
+    return "\n\n".join(part for part in (heading, question, *cards, note) if part)
 
 
-def model_card(model: str) -> str:
-    """The first sentence of the README.md in a model's folder; nothing where there is none."""
-    path = absolute(model) / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = re.search(r"^[A-Z].*?\.(?=\s)", text, flags=re.MULTILINE | re.DOTALL)  # below the heading
-    return " ".join(found[0].split()) if found else ""
+def first_paragraph(path: Path) -> str:
+    """What a README says first, below its headings: a model's card, or the user's words about a folder of runs."""
+    parts = path.read_text(encoding="utf-8").split("\n\n") if path.is_file() else []
+    return next((" ".join(part.split()) for part in parts if re.match(r"\s*(\w|\*\*)", part)), "")
 
 
 def finding(study: Study) -> str:
     changes = numbers.comparisons(study)
-    sentences = [finding_of_size(study, changes), finding_of_filter(study, changes), finding_of_target(study)]
-    return f"**Finding.** {' '.join(sentence for sentence in sentences if sentence)}"
+    said = [finding_of_size(study, changes), finding_of_filter(study, changes), finding_of_target(study)]
+    return "**Finding.** " + "\n\n".join(filter(None, said))
 
 
 def finding_of_size(study: Study, changes: dict[tuple[str, str], Comparison]) -> str:
@@ -71,16 +74,16 @@ def finding_of_size(study: Study, changes: dict[tuple[str, str], Comparison]) ->
 
 
 def finding_of_filter(study: Study, changes: dict[tuple[str, str], Comparison]) -> str:
-    lacking = [size for size in ("full", "filtered") if size not in study.sizes]
     change, control = changes.get(("full", "filtered")), changes.get(("control", "filtered"))
     if change is None:
-        why = "no finished run for " + listed(map(named, lacking)) if lacking else "no seed and problem in common"
+        lacking = [named(size) for size in ("full", "filtered") if size not in study.sizes]
+        why = f"no finished run for {listed(lacking)}" if lacking else "no seed and problem in common"
         return f"Whether filtering helps can't be said: {why}."
-    traces, verb = numbers.final(study)["selected"], VERBS[change.outcome][1]
+    traces = numbers.final(study)["selected"]
     text = (
-        f"Keeping only the correct {traces['filtered']:.0f} of {traces['full']:.0f} traces {verb} {evidence(change)}; "
-        f"form accounts for {signed(change.form.value)} points of it, correctness within the form for "
-        f"{signed(change.correctness.value)}."
+        f"Keeping only the correct {traces['filtered']:.0f} of {traces['full']:.0f} traces "
+        f"{VERBS[change.outcome][1]} {evidence(change)}; form accounts for {signed(change.form.value)} points of it, "
+        f"correctness within the form for {signed(change.correctness.value)}."
     )
     return f"{text} Against a random subset of that size it is {points(control.accuracy)}." if control else text
 
@@ -98,31 +101,27 @@ def finding_of_target(study: Study) -> str:
     goal, table = target_accuracy(study), numbers.final(study).drop(index="base", errors="ignore")
     if goal is None:
         return ""
-    reached = table[table["accuracy"] >= goal]
-    unsure = reached.index[reached["accuracy_low"] < goal]
-    outcome = f"is reached with {listed(map(named, reached.index))}"
-    outcome += f"; the interval of {listed(map(named, unsure))} reaches below it" if len(unsure) else ""
-    if reached.empty:
-        best = table["accuracy"].idxmax()
-        outcome = f"is not reached: the best is {with_interval(table.loc[best])} with {named(best)}"
-    return f"The assignment's target of {percent(goal, 0)} {outcome}."
+    reached = [size for size, row in table.iterrows() if row["accuracy"] >= goal]
+    shown = listed(f"{with_interval(table.loc[size])} with {named(size)}" for size in reached)
+    best = table["accuracy"].idxmax()
+    missed = f"is not reached: the best is {with_interval(table.loc[best])} with {named(best)}"
+    return f"The assignment's target of {percent(goal, 0)} {f'is reached: {shown}' if reached else missed}."
 
 
 def caution(study: Study) -> str:
     """What the intervals hold, by which method, and what 'clear' means."""
-    seeds = [len(study.of_size(size)) for size in study.sizes]
+    seeds = sorted({len(study.of_size(size)) for size in study.sizes})
     text = (
         "One seed: the intervals hold the choice of problems and the sampling of answers. They do not hold what "
         "another seed would change: the subset, the order of training and its chance. p is of the exact paired test."
     )
-    if max(seeds) > 1:
-        count = max(seeds) if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    if seeds[-1] > 1:
         text = (
-            f"Means over {count} seeds. Intervals and p hold training (subset, order, chance), problems and the "
-            "sampling of answers together: variance components of seeds and problems with Satterthwaite's degrees of "
-            "freedom."
+            f"Means over {' to '.join(map(str, seeds[:: len(seeds) - 1 or 1]))} seeds. Intervals and p hold training "
+            "(subset, order, chance), problems and the sampling of answers together: variance components of seeds and "
+            "problems with Satterthwaite's degrees of freedom."
         )
-        text += " Where a size has one seed, its interval lacks the part of training." if min(seeds) == 1 else ""
+        text += " Where a size has one seed, its interval lacks the part of training." if seeds[0] == 1 else ""
     return f"*{text} A difference is clear where p, adjusted for its family of comparisons (Holm), is below 5 %.*"
 
 
@@ -144,8 +143,9 @@ def gaps(study: Study) -> str:
         lines.append("**Seeds differ between sizes**, as the table of runs shows.")
     lines += differing_settings(study)
     lines += [
-        f"**{run}**: the evaluation at step {step} counts {found} of {n} answers; it is left out everywhere."
-        for run, step, found, n in study.incomplete
+        f"**{row.run}**: the evaluation at step {row.train_step} counts {row.graded} of {row.n * row.samples} answers; "
+        "it is left out everywhere."
+        for row in study.incomplete.itertuples()
     ]
     for run in study.finished:
         if stops := [str(at["train_step"]) for at in run.summary.get("resumed", [])]:
@@ -185,7 +185,8 @@ def shared_words(study: Study) -> str:
 
 def others_words(study: Study) -> str:
     """Whose results the figure and the table show beside these runs; nothing where they are for another model."""
-    lines = [f"`{each['mark']}`: {each['source']}, {each['settings']}." for each in published(study)]
+    kinds = published(study).drop_duplicates("source")
+    lines = [f"`{each.mark}`: {each.source}, {each.settings}." for each in kinds.itertuples()]
     start = "Published by others, one seed each, no intervals, not measured here."
     return f"*{' '.join([start, *lines])}*" if lines else ""
 
@@ -199,8 +200,7 @@ def power_words(changes: dict[tuple[str, str], Comparison]) -> str:
     smallest = low if low == high else f"{low} to {high}"
     return (
         "*Differences in percentage points on the same problems. With a power of 80 % these comparisons find a true "
-        f"difference of {smallest} points, before the correction; smaller ones mostly stay undecided. 'Alike': two "
-        f"one-sided tests (TOST) exclude a difference of {MARGIN * 100:.0f} points.*"
+        f"difference of {smallest} points, before the correction; smaller ones mostly stay undecided.*"
     )
 
 
@@ -212,8 +212,7 @@ def trend_words(study: Study) -> str:
     factor, low, high = (f"{np.exp(value):.2f}" for value in (found.value, found.low, found.high))
     return (
         f"Over all sizes together, each doubling of n multiplies the odds of a right answer by **{factor}** (95 % "
-        f"interval {low} to {high}, {p_text(found.p)}; logistic regression on log2 n, errors clustered by run and "
-        "by problem)."
+        f"interval {low} to {high}, {p_text(found.p)})."
     )
 
 
@@ -227,7 +226,10 @@ def grading_words(study: Study) -> str:
     if found:
         exact, near = (max(one[kind] for one in found) for kind in ("exact", "near"))
         fate = "left out of the evaluation" if all(one.get("excluded") for one in found) else "kept in the evaluation"
-        duplicates = f"{exact} validation problems stand among the traces word for word and {near} nearly so ({fate})."
+        duplicates = (
+            f"{exact} validation problems stand among the traces word for word and {near} nearly so ({fate}; "
+            "`config.json` has their ids)."
+        )
     return f"{counted} {duplicates}"
 
 
@@ -236,12 +238,11 @@ def filter_words(study: Study) -> str:
     if data.get("correct") is None:
         return "The traces have no gold answers, or no full and no filtered run is finished."
     form, answer = data["distinct"] - data["correct_form"], data["correct_form"] - data["correct"]
-    control = "The control is a random subset of as many traces: it tells fewer traces from better ones."
-    if "control" not in study.sizes:
-        control = "No control, a random subset of that size, was run: fewer traces and better ones are not told apart."
+    alone = "No control was run: fewer traces and better ones are not told apart."
+    alone = "" if "control" in study.sizes else alone
     return (
         f"Of {data['rows']} traces, {data['distinct']} are distinct. The filter removes {form} of these for their form "
-        f"and {answer} for a wrong answer, and keeps **{data['correct']}**. {control}"
+        f"and {answer} for a wrong answer, and keeps **{data['correct']}**. {alone}"
     )
 
 

@@ -54,10 +54,9 @@ class Estimate:
 
 
 def estimate(*arms: np.ndarray) -> Estimate:
-    """The sum of the arms' means, each an array (seeds, problems) over the same problems; see the module's text.
+    """The sum of the means of arms, (seeds, problems) each: a mean, or `second, -first` for a paired difference.
 
-    One arm: a mean. Two arms `second, -first`: a paired difference. Where one arm has a single seed, its variance of
-    training is taken from the other.
+    Where one arm has a single seed, its variance of training is taken from the other.
     """
     problems = arms[0].shape[1]
     by_problem = sum(arm.mean(axis=0) for arm in arms)  # (P,)
@@ -92,26 +91,14 @@ def spread_of_seeds(arm: np.ndarray) -> tuple[float, float]:
 
 
 def mean_share(cells: np.ndarray) -> Estimate:
-    """A share (seeds, problems) with Wilson's interval; n is the size of the simple sample that has the same variance
-    (Dean and Pagano, 2015). With one seed and one sample a problem this is Wilson's interval itself.
-    """
+    """A share (seeds, problems) with Wilson's interval, whose n is the size of the simple sample that has the same
+    variance (Dean and Pagano, 2015)."""
     found, (seeds, problems) = estimate(cells), cells.shape
     spread = found.value * (1 - found.value)
     size = spread / found.error**2 if spread else problems
     size, freedom = (size, found.freedom) if seeds > 1 else (max(size, problems), np.inf)
     low, high = wilson(found.value, size, freedom)
     return replace(found, low=low, high=high)
-
-
-def share_from_counts(shares: list[float], n: float) -> tuple[float, float]:
-    """The same from the shares of several seeds alone, each of n problems: wider, since it takes the problems of each
-    seed for others."""
-    mean, seeds = float(np.mean(shares)), len(shares)
-    between = float(np.var(shares, ddof=1)) / seeds if seeds > 1 else 0.0
-    if between < 10.0**-DIGITS:
-        return wilson(mean, n)
-    variance = mean * (1 - mean) / n + between
-    return wilson(mean, mean * (1 - mean) / variance, (seeds - 1) * (variance / between) ** 2)
 
 
 def wilson(share: float, n: float, freedom: float = np.inf) -> tuple[float, float]:
@@ -122,10 +109,8 @@ def wilson(share: float, n: float, freedom: float = np.inf) -> tuple[float, floa
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Estimate:
-    """Second minus first, both (seeds, problems) over the same problems.
-
-    With one seed each an exact test decides, and the interval is widened to zero where it does not refuse zero.
-    """
+    """Second minus first, both (seeds, problems). With one seed each an exact test decides, and the interval is widened
+    to zero where the test does not refuse zero."""
     found = estimate(second, -first)
     if len(first) > 1 or len(second) > 1:
         return found
@@ -150,9 +135,8 @@ def split(first: tuple, second: tuple) -> tuple[Estimate, Estimate]:
     """The parts of an accuracy difference that come from form and from correctness within it.
 
     `first` and `second`: cells of format and of correct of a size, each (seeds, problems).
-    accuracy = P(form) P(correct | form), as the reward needs both. The change of a product is the change of each factor
-    times the mean of the other (Shapley's split), so no order of the two is preferred. Intervals by the delta method:
-    the part is linear in the four means near their values, so its slopes make cells of which it is the sum.
+    accuracy = P(form) P(correct | form), and the change of a product is the change of each factor times the mean of the
+    other (Shapley's split). Intervals by the delta method: the slopes along the four means make cells with this sum.
     """
     means = [(form.mean(), right.mean()) for form, right in (first, second)]
     given = [right / form if form else 0.0 for form, right in means]

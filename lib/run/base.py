@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from lib import grading
-from lib.files import read_json, read_lines, shorten_path, write_json, write_lines
+from lib.files import read_json, read_lines, shorten_path, whole_folder, write_json, write_lines
 from lib.model_files import fingerprint, hub_commit
 from lib.run.evaluations import evaluate_policy
 from lib.run.run import Run, hash_of
@@ -34,22 +34,20 @@ def evaluate_base(run: Run) -> tuple[list[dict], str]:
 
 
 def _keep(run: Run, folder: Path, settings: dict, lines: list[dict]) -> None:
-    """Write a base beside its place, then give it its name in one step: nobody sees half of one."""
-    partial = folder.with_name(f".{folder.name}-{run.config.run_name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "evaluations").mkdir(parents=True)
-    for line in lines:
-        shutil.copyfile(run.config.run_dir / line["records"], partial / line["records"])
-    write_lines(partial / "evaluations.jsonl", lines)
-    write_json(partial / "settings.json", settings | {"measured_by": run.config.run_name})
+    """Keep a base, unless a run beside this one was faster: its base is as good."""
+    if (folder / "settings.json").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # half of one, which nobody reuses
     try:
-        partial.rename(folder)
+        with whole_folder(folder) as partial:
+            (partial / "evaluations").mkdir()
+            for line in lines:
+                shutil.copyfile(run.config.run_dir / line["records"], partial / line["records"])
+            write_lines(partial / "evaluations.jsonl", lines)
+            write_json(partial / "settings.json", settings | {"measured_by": run.config.run_name})
     except OSError:
-        if (folder / "settings.json").exists():  # a run beside this one was faster, and its base is as good
-            shutil.rmtree(partial)
-            return
-        shutil.rmtree(folder, ignore_errors=True)  # half of one, which nobody reuses
-        partial.rename(folder)
+        if not (folder / "settings.json").exists():
+            raise
 
 
 def _settings(run: Run) -> dict:

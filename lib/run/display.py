@@ -15,21 +15,23 @@ from lib.run.run import Run
 from lib.settings import PROFILES
 
 MINI = "the embedded small study; `math` needs an NVIDIA GPU and the course's data"
+# The rates of an evaluation's line, and their headings.
+SHARES = {"accuracy": "accuracy", "accuracy_low": "95 % from", "accuracy_high": "to", "format_rate": "right form"}
+SHARES |= {"lenient_accuracy": "lenient"}
+COLUMNS = {"train_step": "step", "n": "problems", "decoding": "decoding", "samples": "samples"} | SHARES | VERDICT_WORDS
+COLUMNS |= {"undecided": "undecided", "failed": "failed", "mean_tokens": "tokens (mean)"}
 SHARE_OF_TIME = 0.01  # that drawing may take: training waits for it
 
 
 def banner(run: Run) -> Styler:
     """What was resolved, before anything is loaded: model, data, devices, sizes, versions, commit."""
     config, sizes, environment = run.config, run.sizes, run.environment
-    traces = "{rows} rows, {distinct} distinct"
-    traces += "" if sizes["correct"] is None else ", {correct_form} in the right form, {correct} correct"
     rows = {
         "profile": f"{config.profile} ({MINI})" if config.profile == "mini" else config.profile,
         "model": shorten_path(config.model),
         "data": shorten_path(config.data_dir),
-        "traces": traces.format(**sizes),
-        "training set": "{selected} traces about {selected_problems} problems".format(**sizes),
-        "prompt template": sizes["template"],
+        "traces": "{rows} rows, {distinct} distinct, of them correct: {correct}".format(**sizes),
+        "training set": "{selected} traces about {selected_problems} problems, template {template}".format(**sizes),
         "training": f"{sizes['train_steps']} steps of {config.batch_size} examples, {config.epochs:g} epochs, "
         f"learning rate {config.learning_rate:g}, {config.precision} over fp32 weights",
         "memory": str(run.savings),
@@ -40,7 +42,6 @@ def banner(run: Run) -> Styler:
         "vLLM's device": f"{config.eval_device} ({environment['eval_device_name']})",
         "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
         "commit": f"{environment['git_commit']}" + (" with local changes" if environment["git_dirty"] else ""),
-        "run folder": shorten_path(config.run_dir),
     }
     return _as_text(pd.Series(rows, name=config.run_name).to_frame())
 
@@ -82,79 +83,45 @@ def graded_answer(run: Run, record: dict) -> Styler:
 
 
 class LiveView:
-    """A progress line and two curves (loss, accuracy) that are redrawn in place: one output each in the notebook."""
+    """Two curves (loss, accuracy) that are redrawn in place: one output in the notebook."""
 
     def __init__(self, run: Run):
         self.run, self.tracker, self.total = run, run.tracker, len(run.batches)
-        self.started = time.perf_counter()
         self.drawn, self.cost = 0.0, 0.0  # when it was last drawn, and how long that took
-        self.progress = display(HTML(""), display_id=True)
         self.figure, self.axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
         self.picture = display(self.figure, display_id=True)
         plt.close(self.figure)  # otherwise the inline backend would show it a second time
-        self.redraw()
+        self.update()
 
     def update(self) -> None:
-        """Redraw after the last step, and after others as time allows."""
-        affordable = self.cost <= SHARE_OF_TIME * (time.perf_counter() - self.drawn)
-        if affordable or len(self.tracker.metrics) == self.total:
-            self.redraw()
-
-    def redraw(self) -> None:
-        """Draw what the run has logged; the curve follows the subset at the course's temperature."""
-        started, metrics = time.perf_counter(), self.tracker.metrics
-        self.progress.update(
-            HTML(
-                f"<progress value='{len(metrics)}' max='{self.total}' style='width:60%'></progress> "
-                f"step {len(metrics)} of {self.total}, {started - self.started:.0f} s. {self.run.note}"
-            )
-        )
-        followed = pd.DataFrame(
-            line
-            for line in self.tracker.evaluations
-            if (line["split"], line["decoding"]) == ("subset", "sampled") and not line.get("failed")
-        ).set_index("train_step")
+        """Draw what was logged after the last step, and after others as time allows; of the subset, sampled."""
+        started, done = time.perf_counter(), len(self.tracker.metrics)
+        if self.cost > SHARE_OF_TIME * (started - self.drawn) and done < self.total:
+            return
+        metrics = pd.DataFrame(self.tracker.metrics, columns=["train_step", "loss"])
+        lines = pd.DataFrame(self.tracker.evaluations).query("split == 'subset' and decoding == 'sampled'")
+        lines = lines.set_index("train_step")[["accuracy", "accuracy_low", "accuracy_high", "format_rate"]] * 100
         for axis in self.axes:
             axis.clear()
             axis.set(xlabel="optimizer step", xlim=(-0.02 * self.total, 1.02 * self.total))
         loss, accuracy = self.axes
-        loss.plot([m["train_step"] for m in metrics], [m["loss"] for m in metrics])
-        loss.set_ylabel("loss (nats a response token)")
-        share = 100 * followed[["accuracy", "accuracy_low", "accuracy_high", "format_rate"]]
-        interval = share["accuracy"] - share["accuracy_low"], share["accuracy_high"] - share["accuracy"]
-        accuracy.errorbar(share.index, share["accuracy"], interval, marker="o", capsize=2, label="accuracy")
-        accuracy.plot(share["format_rate"], marker=".", linestyle=":", color="#777777", label="right form")
-        accuracy.set(ylabel=f"of {followed['n'].iloc[0]} problems (%)", ylim=(0, 100))
+        loss.set(title=f"step {done} of {self.total}. {self.run.note}", ylabel="loss (nats a response token)")
+        loss.plot(metrics["train_step"], metrics["loss"])
+        interval = lines["accuracy"] - lines["accuracy_low"], lines["accuracy_high"] - lines["accuracy"]
+        accuracy.errorbar(lines.index, lines["accuracy"], interval, marker="o", capsize=2, label="accuracy")
+        accuracy.plot(lines["format_rate"], marker=".", linestyle=":", color="#777777", label="right form")
+        accuracy.set(ylabel="of the subset's problems (%)", ylim=(0, 100))
         accuracy.legend(frameon=False)
         self.picture.update(self.figure)
         self.drawn = time.perf_counter()
         self.cost = self.drawn - started
 
 
-def evaluation_table(lines: list[dict]) -> pd.DataFrame:
+def evaluation_table(lines: list[dict]) -> Styler:
     """One row an evaluation: how many problems, accuracy with its 95 % interval, and where the others went."""
-    rows = []
-    for line in lines:
-        failed = line.get("failed")
-        rates = ("accuracy", "accuracy_low", "accuracy_high", "format_rate", "lenient_accuracy")
-        rate = {name: "–" if failed or name not in line else f"{line[name]:.1%}" for name in rates}
-        row = {
-            "step": line["train_step"],
-            "problems": line["n"],
-            "decoding": "greedy" if line["decoding"] == "greedy" else f"T = {line['temperature']:g}",
-            "samples": line.get("samples", 1),
-            "accuracy": f"{failed} failed" if failed else rate["accuracy"],
-            "95 % interval": "does not count" if failed else f"{rate['accuracy_low']} to {rate['accuracy_high']}",
-            "right form": rate["format_rate"],
-            "lenient": rate["lenient_accuracy"],
-            **{words: line[verdict] for verdict, words in VERDICT_WORDS.items() if verdict != "correct"},
-            "could not be decided": line.get("undecided", 0),
-            "tokens (mean)": "–" if failed else f"{line['mean_tokens']:.0f}",
-        }
-        rows.append(row)
-    table = pd.DataFrame(rows).set_index("step")
-    usual = [name for name, value in (("samples", 1), ("could not be decided", 0)) if (table[name] == value).all()]
-    return table.drop(columns=usual)
+    shown = pd.DataFrame(lines).reindex(columns=COLUMNS).rename(columns=COLUMNS)
+    shares = dict.fromkeys(SHARES.values(), "{:.1%}")  # none where responses failed
+    return shown.style.format(shares, precision=0, na_rep="–").hide(axis="index")
 
 
 def subject_level_table(records: list[dict]) -> pd.DataFrame:
@@ -192,7 +159,6 @@ def closing(run: Run, summary: dict) -> Styler:
     rows = {f"seconds: {part.replace('_', ' ')}": f"{took:.0f}" for part, took in summary["seconds"].items()}
     rows |= {
         "training: tokens a second": f"{summary['train_tokens_per_second']:,.0f}",
-        "training: waited": f"{summary['train_wait_share']:.1%} of its time",
         "training: peak memory": f"{summary['peak_train_memory_bytes'] / 2**30:.1f} GiB",
         "files": shorten_path(run.config.run_dir),
         "copy": run.tracker.wandb.note,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from lib.evaluation.engine import shutdown, wait_until_ready
+from lib.evaluation.memory import cap_policy
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.run import lock as locks
@@ -38,6 +39,7 @@ def start(run: Run) -> str:
             past = read_past(config, run.batches, found)
             run.seconds.update(past["seconds"])
         quiet_libraries(run.log_file)
+        cap_policy(config.train_device, run.savings)
         run.tracker = Tracker(config, run.environment, run.sizes, past)
         if config.eval_device != config.train_device:
             run.engine = start_engine(run, run.log_file)  # goes on while the policy is loaded
@@ -113,7 +115,6 @@ def finish(run: Run) -> dict:
                 "seconds": run.seconds | {"train": train_seconds},
                 "train_tokens": tokens,
                 "train_tokens_per_second": tokens / train_seconds,
-                "train_wait_share": _wait_share(metrics),
                 "peak_train_memory_bytes": _peak_memory(config.train_device),
                 **{f"final_{key}": final[key] for key in ("accuracy", "accuracy_low", "accuracy_high")},
             }
@@ -122,12 +123,6 @@ def finish(run: Run) -> dict:
         shutil.rmtree(config.run_dir / checkpoint.FOLDER, ignore_errors=True)
     locks.release(config.run_dir)
     return summary
-
-
-def _wait_share(metrics: list[dict]) -> float:
-    """Share of training's time that passed between two steps; the first, which may compile, is left out."""
-    waited, trained = (sum(m.get(key, 0.0) for m in metrics[1:]) for key in ("wait_seconds", "seconds"))
-    return waited / (waited + trained) if trained else 0.0
 
 
 def _peak_memory(device: str) -> int:

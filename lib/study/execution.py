@@ -103,9 +103,11 @@ class Execution:
         return failure(notebook, self.log, self.process.returncode)
 
 
-def execute(notebook: Path, output: Path, parameters: dict, owner: Path) -> str | None:
+def execute(
+    notebook: Path, output: Path, parameters: dict, owner: Path, environment: Mapping[str, str] = os.environ
+) -> str | None:
     """Execute one notebook and wait for it: None, or why it failed in one line."""
-    execution = Execution(notebook, output, parameters, owner)
+    execution = Execution(notebook, output, parameters, owner, environment)
     try:
         execution.start()
         while execution.is_running():

@@ -1,11 +1,11 @@
 """The benchmark's arithmetic by a second route, and what becomes of variants that fail. Nothing is timed here."""
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from lib.benchmark import cards, evaluation, processes, profile, rows, show, training
 from lib.benchmark.__main__ import MEASURES
-from lib.evaluation import memory
+from lib.evaluation.memory import CARD_GB, Savings
 from lib.evaluation.replica import EngineError
-from lib.files import PROJECT_ROOT, UserError, append_lines
-from lib.run import life_cycle
+from lib.files import PROJECT_ROOT, UserError, append_lines, write_json
+from lib.settings import resolve
+from lib.study.execution import notebook_parameters
 from lib.training.batching import Sequence
 
 NOTEBOOK = PROJECT_ROOT / "notebooks" / "benchmark.ipynb"
@@ -82,33 +83,38 @@ def test_a_step_is_timed_over_its_own_tokens_after_the_warm_up(data_dir, tiny_mo
     assert row["utilisation"] is None and row["peak_gb"] is None
 
 
-def test_a_card_s_row_is_a_run_of_its_own(data_dir, tiny_model, tmp_path, monkeypatch):
-    """Without an engine: what it would answer is made up. The limit is set before the run is planned."""
-    settings = settings_of(data_dir, tiny_model, tmp_path, "memory")
-    settings = replace(settings, variants=["24 GB"], memory_steps=3, memory_problems=8, max_new_tokens=64)
-    monkeypatch.setattr(life_cycle, "start_engine", lambda run, log_file: None)
-    monkeypatch.setattr(life_cycle, "wait_until_ready", lambda engine: None)
-    monkeypatch.setattr(cards, "evaluate_policy", lambda run, position: None)
-    monkeypatch.setattr(cards, "final_evaluation", lambda run: {"n": len(run.problems), "accuracy": 0.25})
-    monkeypatch.setattr(cards, "finish", lambda run: None)
-    monkeypatch.setattr(memory, "limit", None)
-    cards.measure_memory(settings)
-    (row,) = rows.read_rows(tmp_path)
-    assert memory.limit == 24e9 and "error" not in row
-    assert row["savings"].startswith("adamw, activations kept") and row["tokens_per_second"] > 0
-    assert (row["problems"], row["accuracy"]) == (8, 0.25) and row["mean_loss"] > 0
-    monkeypatch.setattr(life_cycle, "start_engine", lambda run, log_file: torch.ones(-1))
-    cards.measure_memory(replace(settings, variants=["16 GB"]))
-    assert "fails in start: Trying to create tensor" in rows.read_rows(tmp_path)[-1]["error"]
+def finished_run(path: Path, peak: int) -> None:
+    """What a run of 7 steps leaves that a card's row needs: the first 5 steps are slower."""
+    path.mkdir()
+    savings = Savings("adamw8bit", True, True, 1024)
+    write_json(path / "config.json", {"environment": {"memory": asdict(savings)}})
+    append_lines(path / "metrics.jsonl", [{"tokens": 100, "seconds": s, "loss": s} for s in (9, 9, 9, 9, 9, 2, 3)])
+    append_lines(path / "evaluations.jsonl", [{"n": 4}, {"n": 8}])
+    write_json(path / "summary.json", {"peak_train_memory_bytes": peak, "final_accuracy": 0.25})
 
 
-def test_each_card_has_a_process_and_a_gpu_of_its_own(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(cards.subprocess, "run", lambda command, env, **_: told.append((json.loads(command[-1]), env)))
+def test_each_card_is_a_run_of_the_notebook_on_a_gpu_of_its_own(data_dir, tiny_model, tmp_path, monkeypatch):
+    made = []
+
+    def execute(notebook, output, parameters, owner, environment):
+        resolve({**notebook_parameters(notebook), **parameters})  # the notebook takes these parameters
+        made.append((environment[CARD_GB], environment["CUDA_VISIBLE_DEVICES"], parameters["seed"]))
+        if environment[CARD_GB] == "16":
+            return "EngineError: too little"
+        finished_run(Path(parameters["runs_dir"]) / parameters["run_name"], int(environment[CARD_GB]) * 10**9)
+
+    monkeypatch.setattr(cards, "execute", execute)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    cards.measure_memory(rows.Settings("memory", "a model", "data", str(tmp_path / "memory.jsonl")))
-    assert {settings["variants"][0] for settings, _ in told} == set(rows.MEMORY) and len(told) == len(rows.MEMORY)
-    assert {environment["CUDA_VISIBLE_DEVICES"] for _, environment in told} <= {"3", "5"}
+    cards.measure_memory(settings_of(data_dir, tiny_model, tmp_path, "memory"))
+    found = {row["variant"]: row for row in rows.read_rows(tmp_path)}
+    assert set(found) == set(rows.MEMORY) == {"80 GB", "24 GB", "40 GB", "80 GB, seed 1", "16 GB"}
+    assert sorted((size, seed) for size, _, seed in made) == [("16", 0), ("24", 0), ("40", 0), ("80", 0), ("80", 1)]
+    assert {gpu for _, gpu, _ in made} <= {"3", "5"}
+    assert found["16 GB"]["error"] == "RuntimeError: EngineError: too little"
+    row = found["24 GB"]
+    assert row["savings"].startswith("adamw8bit, activations computed again, at most 1024 tokens")
+    assert (row["tokens_per_second"], row["mean_loss"], row["peak_gb"]) == (40, 2.5, 24)
+    assert (row["problems"], row["accuracy"], row["card_gb"]) == (8, 0.25, None)
 
 
 # --- Rows and tables -------------------------------------------------------------------------------------------------

@@ -141,9 +141,9 @@ def test_what_is_asked_for_stays():
 def test_a_limit_makes_a_card_smaller(monkeypatch):
     """What is taken of the whole card counts against the limit."""
     monkeypatch.setattr(memory.subprocess, "check_output", lambda *_, **__: "80000, 70000")
-    monkeypatch.setattr(memory, "limit", 24_000 << 20)
+    monkeypatch.setenv(memory.CARD_GB, str(24_000 * (1 << 20) / 1e9))
     assert memory.card_memory("cuda:0") == (24_000 << 20, 14_000 << 20)
-    monkeypatch.setattr(memory, "limit", 8_000 << 20)
+    monkeypatch.setenv(memory.CARD_GB, str(8_000 * (1 << 20) / 1e9))
     assert memory.card_memory("cuda:0") == (8_000 << 20, 0)
 
 

@@ -1,5 +1,6 @@
 """What the training notebook shows: a model's text, and how often it draws."""
 
+import re
 from types import SimpleNamespace
 
 from lib.data import Problem
@@ -50,20 +51,18 @@ def test_an_answer_is_shown_with_its_grade_and_its_gold_answer_only_where_it_is_
         assert (">42<" in page) is shows and "6 x 7" not in page
 
 
-LINE = {"train_step": 9, "n": 20, "decoding": "sampled", "temperature": 1.0, "correct": 4, "wrong": 10, "no_answer": 5}
-LINE |= {"truncated": 1, "accuracy": 0.2, "accuracy_low": 0.1, "accuracy_high": 0.4, "format_rate": 0.7}
-LINE |= {"mean_tokens": 50.0}
+LINE = {"train_step": 9, "n": 20, "samples": 4, "decoding": "sampled", "correct": 16, "wrong": 40, "no_answer": 20}
+LINE |= {"truncated": 4, "accuracy": 0.2, "accuracy_low": 0.1, "accuracy_high": 0.4, "format_rate": 0.7, "undecided": 2}
+LINE |= {"mean_tokens": 50.4, "lenient_accuracy": 0.55, "failed": 0}
 
 
-def test_the_table_of_evaluations_reads_old_lines_and_new_ones():
-    old = live.evaluation_table([LINE])
-    assert old.loc[9, "lenient"] == "–" and not {"samples", "could not be decided"} & set(old.columns)
-    new = LINE | {"samples": 4, "lenient_accuracy": 0.55, "undecided": 2}
-    table = live.evaluation_table([LINE | {"train_step": 0}, new])
-    assert table.loc[9, "lenient"] == "55.0%" and table.loc[9, "samples"] == 4 and table.loc[0, "samples"] == 1
-    assert list(table["could not be decided"]) == [0, 2]
-    failed = live.evaluation_table([LINE | {"failed": 3}])
-    assert failed.loc[9, "accuracy"] == "3 failed" and failed.loc[9, "tokens (mean)"] == "–"
+def test_the_table_of_evaluations_has_rates_unless_responses_failed():
+    counts = {key: LINE[key] for key in ("train_step", "n", "samples", "decoding", "correct", "wrong")}
+    page = live.evaluation_table([LINE, LINE | {"decoding": "greedy"}, counts | {"failed": 3}]).to_html()
+    first, greedy, failed = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in page.split("<tr>")[2:]]
+    assert first == ["9", "20", "sampled", "4", "20.0%", "10.0%", "40.0%", "70.0%", "55.0%", *first[9:]]
+    assert first[9:] == ["16", "40", "20", "4", "2", "0", "50"] and greedy[2] == "greedy"
+    assert failed[4:9] == ["–"] * 5 and failed[-2:] == ["3", "–"]
 
 
 def test_data_without_levels_and_subjects_have_no_table_of_them():

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from lib.data import Example, load_examples
 from lib.files import UserError
-from lib.run.life_cycle import _wait_share
 from lib.settings import resolve
 from lib.training import checkpoint
 from lib.training import policy as policy_module
@@ -258,8 +257,6 @@ def test_what_training_waits_between_two_steps_is_counted_apart(config, data_dir
         time.sleep(0.5 if len(metrics) == 1 else 0)
     assert metrics[0]["wait_seconds"] == 0 and 0.5 <= metrics[1]["wait_seconds"] < 0.7
     assert metrics[2]["wait_seconds"] < 0.1
-    shares = _wait_share([{"seconds": 60.0}, {"seconds": 8.0, "wait_seconds": 2.0}, {"seconds": 10.0}])
-    assert shares == pytest.approx(0.1) and _wait_share([{"seconds": 60.0}]) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(config, data_dir, tiny_model):
