@@ -112,7 +112,8 @@ def begin_vllm(
             settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 128}
         else:
             shape = model_shape(model, trust_remote_code, revision)
-            settings |= _gpu_settings(engine, shape, max_model_len, gpu_memory_utilization, reserved_bytes)
+            budget = {"share": gpu_memory_utilization, "reserved": reserved_bytes, "fewest": engines or 1}
+            settings |= _gpu_settings(engine, shape, max_model_len, **budget)
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with engine.output_captured():
             for replica in replicas:
@@ -141,7 +142,9 @@ def wait_until_ready(engine: Engine) -> None:
     engine.start_seconds = time.perf_counter() - engine.started
 
 
-def _gpu_settings(engine: Engine, shape: Shape, max_model_len: int, share: float | None, reserved: int) -> dict:
+def _gpu_settings(
+    engine: Engine, shape: Shape, max_model_len: int, share: float | None, reserved: int, fewest: int
+) -> dict:
     """A replica's memory and CUDA graphs on a GPU; nothing is compiled, which would not pay in some minutes."""
     one_gpu = engine.device == engine.train_device
     held = torch.cuda.memory_reserved(engine.device) if one_gpu else 0  # by the policy: not free any more
@@ -150,11 +153,14 @@ def _gpu_settings(engine: Engine, shape: Shape, max_model_len: int, share: float
         shape,
         share=share,
         engines=len(engine.replicas),
+        fewest=fewest,
         precision_bytes=DTYPES[engine.precision].itemsize,
         max_model_len=max_model_len,
-        most_at_once=MOST_AT_ONCE // min(len(engine.replicas), 2),
+        most_at_once=MOST_AT_ONCE,
         reserved=max(0, reserved - held),
     )
+    while len(engine.replicas) > plan.engines:
+        engine.replicas.pop().close()
     sizes = [*(2**i for i in range(9)), *range(384, plan.at_once, 128)]
     return {
         "gpu_memory_utilization": plan.share,  # refused at once where so much is not free

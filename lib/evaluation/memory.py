@@ -17,7 +17,7 @@ GIB = 1 << 30
 BESIDE_WEIGHTS = 3 * GIB  # activations, recorded steps and CUDA itself; 2.4 GiB were seen at 1.5 B parameters
 SPARE = 0.9  # share of what is free that engines may take
 LEAST_AT_ONCE = 8  # responses: with less cache an engine would be slower than it is worth
-ENOUGH_AT_ONCE = 128  # responses: with less cache beside a policy, an engine had better sleep and get more
+ENOUGH_AT_ONCE = 128  # responses: with less cache there had better be fewer engines, or one that sleeps and gets more
 BYTES = {"adamw": 16, "adamw8bit": 10}  # of a parameter: itself in fp32, its gradient, two moments
 GRADIENT_BYTES = 4  # of them, which are free between steps
 ASLEEP = 2 * GIB  # what an engine that sleeps keeps, at most: CUDA, its graphs and buffers
@@ -39,8 +39,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What each engine on a card gets: its share of the whole memory, bytes of cache, and responses at a time."""
+    """What each of `engines` on a card gets: its share of the whole memory, bytes of cache, and responses at a time."""
 
+    engines: int
     share: float
     cache_bytes: int
     at_once: int
@@ -162,6 +163,7 @@ def plan_share(
     *,
     share: float | None,
     engines: int,
+    fewest: int,
     precision_bytes: int,
     max_model_len: int,
     most_at_once: int,
@@ -169,13 +171,16 @@ def plan_share(
 ) -> Plan:
     """Divide a card's memory (bytes) among `engines` of them, which take no more than `most_at_once` responses need.
 
+    Where each would have room for few responses there are fewer of them, but not fewer than `fewest`.
     `share`: of the whole memory for all of them together; None: most of what is free, less `reserved`, which the policy
     will still take. Raises `EngineError` where too little is left.
     """
     budget = share * total if share is not None else SPARE * (free - reserved)
     response = shape.cache_elements * precision_bytes * max_model_len  # bytes of cache at its full length
     fixed = shape.parameters * precision_bytes + BESIDE_WEIGHTS
-    cache = int(budget / engines) - fixed
+    caches = {count: int(budget / count) - fixed for count in range(fewest, engines + 1)}
+    engines = max((count for count in caches if caches[count] >= ENOUGH_AT_ONCE * response), default=fewest)
+    cache = caches[engines]
     if cache < LEAST_AT_ONCE * response:
         beside = f"of {free / GIB:.1f} GiB that are free, {reserved / GIB:.1f} GiB are left to the policy; the other "
         raise EngineError(
@@ -183,6 +188,7 @@ def plan_share(
             f"little for {engines} {'engine' if engines == 1 else 'engines'}: weights, activations and {LEAST_AT_ONCE} "
             f"responses of {max_model_len} tokens need {engines * (fixed + LEAST_AT_ONCE * response) / GIB:.1f} GiB"
         )
-    cache = min(cache, most_at_once * response)
+    most = most_at_once // min(engines, 2)  # each takes half of them, so that one that is ahead finds work
+    cache = min(cache, most * response)
     # More responses than half filled fit would be put off and computed anew.
-    return Plan((cache + fixed) / total, cache, min(most_at_once, 2 * cache // response))
+    return Plan(engines, (cache + fixed) / total, cache, min(most, 2 * cache // response))

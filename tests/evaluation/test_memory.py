@@ -28,6 +28,7 @@ CARDS = {"24": 24, "40": 40, "80": 80, "141": 141}
 
 def plan(total: float, free: float | None = None, shape: Shape = QWEN, **settings):
     asked = {"share": None, "engines": 1, "precision_bytes": 2, "max_model_len": 1324, "most_at_once": 1024} | settings
+    asked = {"fewest": asked["engines"]} | asked
     return plan_share(int(total * GIB), int((total if free is None else free) * GIB), shape, **asked)
 
 
@@ -48,11 +49,22 @@ def test_the_shape_of_the_study_is_the_one_measured():
 def test_engines_on_a_card_of_their_own_fit_into_it(total, engines):
     one = plan(total, engines=engines)
     taken = one.cache_bytes + 2 * QWEN.parameters + BESIDE_WEIGHTS
-    assert engines * taken <= 0.9 * total * GIB
+    assert one.engines == engines and engines * taken <= 0.9 * total * GIB
     assert one.share == pytest.approx(taken / (total * GIB))
     assert 8 <= one.at_once <= 1024
     # No cache that its responses can't fill
     assert one.cache_bytes <= 1024 * 1324 * 2 * QWEN.cache_elements
+
+
+def test_there_are_fewer_engines_where_each_would_hold_few_responses():
+    """Beside another run's policy on an 80 GB card: three engines would hold 53 responses of full length each."""
+    assert plan(79.6, share=0.29, engines=3).cache_bytes < 64 * 1324 * 2 * QWEN.cache_elements
+    two = plan(79.6, share=0.29, engines=3, fewest=1)
+    assert two.engines == 2 and two.cache_bytes > 128 * 1324 * 2 * QWEN.cache_elements
+    assert plan(24, engines=3, fewest=1).engines == 2
+    assert plan(80, engines=3, fewest=1).engines == 3
+    with pytest.raises(EngineError, match="too little for 1 engine:"):
+        plan(4, engines=3, fewest=1)
 
 
 def test_a_large_card_is_not_filled_for_nothing():
