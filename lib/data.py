@@ -281,6 +281,8 @@ def stratified_subset(problems: list[Problem], size: int | None, seed: int) -> l
     """`size` problems by systematic sampling over subjects and levels, in random order inside each; None takes all."""
     if size is None or size >= len(problems):
         return list(problems)
+    if size == 0:
+        return []
     generator = random.Random(seed)
     ordered = sorted(problems, key=lambda p: (p.subject or "", p.level or "", generator.random()))
     step = len(ordered) / size

@@ -117,6 +117,7 @@ class RunConfig(BaseModel):
     )
     eval_beside_training: bool = parameter(None, "go on training while the engine answers; None: if it has its own GPU")
     log_generations: CountOrZero = parameter(6, "responses kept with token entropy, and shown below")
+    keep_responses: CountOrZero | None = parameter(None, "problems whose responses' text is written; None: all")
     verify_sync: Literal["first", "always"] = parameter(
         "always", 'prove that the engine holds the policy\'s weights: "first" sync only, or "always"'
     )
@@ -161,6 +162,7 @@ PARAMETERS = tuple(RunConfig.model_fields)
 INCIDENTAL = {
     *("runs_dir", "run_name", "overwrite", "resume", "checkpoint_interval", "keep_checkpoint", "keep_model"),
     *("microbatch_tokens", "recompute", "trust_remote_code", "log_generations", "verify_sync"),
+    "keep_responses",
     *("wandb_mode", "wandb_project", "train_device", "eval_device", "gpu_memory_utilization", "engines"),
     *("engine_timeout", "eval_beside_training"),
 }

@@ -66,7 +66,8 @@ def finish_evaluation(run: Run) -> list[dict]:
             splits = {"full": result.records} if final else {}
             splits["subset"] = [record for record in result.records if record["id"] in run.subset_ids]
             for split, records in splits.items():
-                parts.append((line | {"split": split} | evaluation.summarize(records), records))
+                written = [r | {"response": None} if r["id"] in run.textless_ids else r for r in records]
+                parts.append((line | {"split": split} | evaluation.summarize(records), written))
         run.let_engine_rest()
         lines = run.tracker.log_evaluation(parts)
         failed = max(line["failed"] for line in lines)

@@ -49,7 +49,8 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
         raise UserError(f"n_val={config.n_val}: there are only {len(problems)} problems in this split")
     problems = stratified_subset(problems, config.n_val_final, SUBSET_SEED)
     subset = stratified_subset(problems, config.n_val, SUBSET_SEED)
-    shown = stratified_subset(subset, config.log_generations, SUBSET_SEED) if config.log_generations else []
+    shown = stratified_subset(subset, config.log_generations, SUBSET_SEED)
+    kept = problems if config.keep_responses is None else stratified_subset(subset, config.keep_responses, SUBSET_SEED)
     training = select_examples(examples, config.n, config.filtered, config.seed)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code, config.revision)
     check_form(tokenizer, config.model)
@@ -78,6 +79,7 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
         prompts=prompts,
         subset_ids={p.id for p in subset},
         shown_ids={p.id for p in shown},
+        textless_ids={p.id for p in problems} - {p.id for p in [*kept, *shown]},
         savings=savings,
     )
     model = AutoConfig.from_pretrained(

@@ -46,6 +46,7 @@ class Run:
     prompts: list[list[int]]
     subset_ids: set[str]
     shown_ids: set[str]
+    textless_ids: set[str]  # problems whose responses are written without their text
     savings: Savings
     tracker: Tracker | None = None
     policy: torch.nn.Module | None = None

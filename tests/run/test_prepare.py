@@ -1,13 +1,16 @@
 """What a run reads and checks before it starts, and what it has to give back if that fails."""
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 from conftest import write_rows
 
+from lib.evaluation.evaluate import Evaluation
 from lib.files import UserError, read_lines
 from lib.run import life_cycle, lock
 from lib.run import prepare as preparing
+from lib.run.evaluations import finish_evaluation
 from lib.run.prepare import prepare
 from lib.settings import resolve
 
@@ -92,3 +95,28 @@ def test_several_samples_a_problem_at_the_start_and_the_end(parameters):
     assert {name: s.samples for name, s in samplings_of(config, final=False).items()} == {"sampled": 1, "greedy": 1}
     config = resolve(parameters | {"samples_per_problem": 4, "greedy": "never"})
     assert list(samplings_of(config, final=True)) == ["sampled"]
+
+
+@pytest.mark.parametrize("number", [0, 3, None])
+def test_responses_are_written_without_their_text_but_for_some_problems(parameters, number):
+    """Counts stay, and every evaluation keeps the text of the same problems."""
+    run = prepare(resolve(parameters | {"keep_responses": number, "log_generations": 0, "n_val": 12}))
+    records = [
+        {
+            "id": p.id, "sample": 0, "subject": p.subject, "level": p.level, "response": f"text of {p.id}", "tokens": 2,
+            "format": True, "correct": i % 3 == 0, "undecided": False, "lenient": True, "token_entropy": None,
+            "verdict": "correct" if i % 3 == 0 else "wrong",
+        }
+        for i, p in enumerate(run.problems)
+    ]  # fmt: skip
+    written, answers = [], Future()
+    answers.set_result({"sampled": Evaluation(records, [], [], {"generate": 1.0})})
+    run.tracker = SimpleNamespace(log_evaluation=lambda parts: written.extend(parts) or [line for line, _ in parts])
+    run.pending = {"train_step": 0, "epoch": 0.0, "examples_seen": 0}, {"sync": 0.1, "proof": None}, answers
+    full, subset = finish_evaluation(run)
+    assert (full["n"], full["correct"], subset["n"]) == (24, 8, 12)
+    texts = [{r["id"]: r["response"] for r in part if r["response"] is not None} for _, part in written]
+    assert [len(part) for _, part in written] == [24, 12]
+    assert [len(kept) for kept in texts] == ([24, 12] if number is None else [number, number])
+    assert all(text == f"text of {name}" for kept in texts for name, text in kept.items())
+    assert texts[1].keys() <= texts[0].keys()
