@@ -82,11 +82,11 @@ def test_every_path_parameter_is_read_by_this_rule(parameters, name, tmp_path, m
         assert getattr(resolve(parameters | {name: given}), name) == str(target.resolve())
 
 
-def test_paths_are_shown_without_this_machine(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_paths_are_shown_without_this_machine(monkeypatch):
+    monkeypatch.setenv("HOME", "/a home/of somebody")  # not beside a project that was cloned into the temporary folder
     assert shorten_path(PROJECT_ROOT / "runs/x") == shorten_path(str(PROJECT_ROOT / "runs/x")) == "runs/x"
     assert shorten_path(PROJECT_ROOT.parent / "shared") == "../shared"
-    assert shorten_path(tmp_path / "study") == "~/study"
+    assert shorten_path("/a home/of somebody/study") == "~/study"
     assert shorten_path("/data/x") == "/data/x" and shorten_path("Qwen/Qwen2.5") == "Qwen/Qwen2.5"
 
 
