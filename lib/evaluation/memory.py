@@ -177,7 +177,7 @@ def plan_share(
     """
     budget = share * total if share is not None else SPARE * (free - reserved)
     response = shape.cache_elements * precision_bytes * max_model_len  # bytes of cache at its full length
-    fixed = shape.parameters * precision_bytes + BESIDE_WEIGHTS
+    fixed = engine_bytes(shape, precision_bytes, max_model_len, at_once=0)
     caches = {count: int(budget / count) - fixed for count in range(fewest, engines + 1)}
     engines = max((count for count in caches if caches[count] >= ENOUGH_AT_ONCE * response), default=fewest)
     cache = caches[engines]
