@@ -18,7 +18,7 @@ from lib.benchmark import profile, rows
 from lib.benchmark.processes import watched
 from lib.benchmark.rows import Settings, attempt
 from lib.data import Problem, load_examples, load_problems, stratified_subset
-from lib.evaluation.engine import answer, init_vllm, shutdown
+from lib.evaluation.engine import answer, generate, init_vllm, shutdown
 from lib.evaluation.evaluate import encode_prompts
 from lib.evaluation.replica import Sampling, start_replicas
 from lib.files import UserError
@@ -52,7 +52,7 @@ def started(settings: Settings, longest: int, **options):
     options |= {"log_file": log_file, "max_model_len": longest, "seed": settings.seed}
     engine = init_vllm(settings.model, settings.device, "cpu", **options)
     try:
-        answer(engine, [([0], Sampling(max_new_tokens=1))] * len(engine.replicas))
+        generate(engine, [[0]] * len(engine.replicas), Sampling(max_new_tokens=1))
         yield engine, time.perf_counter() - begin
     finally:
         shutdown(engine)
@@ -154,8 +154,8 @@ def lengths_row(
     generations = []
     with timed(row, settings.device):
         for samplings in calls[variant.split(": ")[1]]:
-            requests = [(prompt, sampling) for sampling in samplings for prompt in prompts]
-            generations += [generation for (generation,) in answer(engine, requests, seed=settings.seed)]
+            for answers in answer(engine, prompts, samplings, seed=settings.seed):
+                generations += [generation for (generation,) in answers]
     if "profiled" in variant:
         row["phases"] = engine.ask_all("ask", "apply_model", profile.report)[0][0]
     began, golds = time.perf_counter(), [problem.answer for problem in problems]

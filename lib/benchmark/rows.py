@@ -32,7 +32,7 @@ THREE = "3 engines"
 LENGTHS = [
     f"2 engines: {SAMPLED}",  # the first start waits for the import of vLLM
     *(f"{THREE}: {decoding}" for decoding in (SAMPLED, BOTH, IN_TURN)),
-    f"{THREE}, prefix cache: {SAMPLED}",
+    *(f"{THREE}, prefix cache: {decoding}" for decoding in (SAMPLED, BOTH)),
     f"4 engines: {SAMPLED}",
     f"1 engine, profiled: {SAMPLED}",
     f"1 engine, mixed steps not recorded: {SAMPLED}",

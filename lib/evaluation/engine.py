@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -182,20 +183,24 @@ def generate(
 
     The same weights, prompts and `seed` give the same responses, on a GPU to within the rounding of its kernels.
     """
-    return answer(engine, [(prompt, sampling) for prompt in prompts], seed=seed, log_probs=log_probs)
+    return answer(engine, prompts, [sampling], seed=seed, log_probs=log_probs)[0]
 
 
 def answer(
-    engine: Engine, requests: list[tuple[list[int], Sampling]], *, seed: int = 0, log_probs: bool = False
-) -> list[list[Generation]]:
-    """As `generate`, with a sampling for each prompt. The replicas get them in turn."""
+    engine: Engine, prompts: list[list[int]], samplings: list[Sampling], *, seed: int = 0, log_probs: bool = False
+) -> list[list[list[Generation]]]:
+    """As `generate` by each of `samplings`, in one call. The replicas get the prompts in turn."""
     wait_until_ready(engine)
-    first_seed = random.Random(seed).getrandbits(60)
-    seeded = [(*request, first_seed + (i << 20)) for i, request in enumerate(requests)]  # samples count upwards from it
-    count, merged = len(engine.replicas), [None] * len(requests)
-    parts = [(seeded[first::count], seed, log_probs) for first in range(count)]
+    first_seed = random.Random(seed).getrandbits(60)  # of a request; its samples count upwards from it
+    requests = [
+        [(prompt, s, first_seed + (k * len(prompts) + i << 20)) for k, s in enumerate(samplings)]
+        for i, prompt in enumerate(prompts)
+    ]
+    count, merged = len(engine.replicas), [[None] * len(prompts) for _ in samplings]
+    parts = [(list(chain(*requests[first::count])), seed, log_probs) for first in range(count)]
     for first, part in enumerate(engine.ask_each("generate", parts)):
-        merged[first::count] = part
+        for k, answers in enumerate(merged):
+            answers[first::count] = part[k :: len(samplings)]
     return merged
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -44,13 +45,12 @@ def evaluate(
     if engine.device == "cpu" and len(samplings) > 1:  # draws of one decoding don't depend on the other
         return {n: evaluate(engine, problems, prompts, {n: s}, seed)[n] for n, s in samplings.items()}
     started = time.perf_counter()
-    answers = answer(engine, [(prompt, s) for s in samplings.values() for prompt in prompts], seed=seed)
+    answers = answer(engine, prompts, list(samplings.values()), seed=seed)
     seconds = time.perf_counter() - started
-    all_tokens = sum(len(g.token_ids) for generations in answers for g in generations)
+    all_tokens = sum(len(g.token_ids) for answers_by in answers for g in chain(*answers_by))
     evaluations = {}
-    for number, (name, sampling) in enumerate(samplings.items()):
-        part = answers[number * len(prompts) : (number + 1) * len(prompts)]
-        generations = [generation for generations in part for generation in generations]
+    for (name, sampling), part in zip(samplings.items(), answers, strict=True):
+        generations = list(chain(*part))
         asked = [(p, prompt, k) for p, prompt in zip(problems, prompts, strict=True) for k in range(sampling.samples)]
         started = time.perf_counter()
         grades = grade_in_detail([g.text for g in generations], [problem.answer for problem, _, _ in asked])

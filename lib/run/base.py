@@ -7,6 +7,7 @@ from lib import grading
 from lib.files import read_json, read_lines, shorten_path, whole_folder, write_json, write_lines
 from lib.model_files import fingerprint, hub_commit
 from lib.run.evaluations import evaluate_policy
+from lib.run.lock import in_turn
 from lib.run.run import Run, hash_of
 
 POSITION = {"train_step": 0, "epoch": 0.0, "examples_seen": 0}  # of the untrained model
@@ -22,14 +23,14 @@ def evaluate_base(run: Run) -> tuple[list[dict], str]:
     with run.recorded("base"):
         settings = _settings(run)
         folder = Path(run.config.runs_dir) / f"base-{hash_of(settings)[:12]}"
-        if (folder / "settings.json").exists() and (stored := read_lines(folder / "evaluations.jsonl")):
-            elsewhere = {"reused_from": folder.name}
-            parts = [(line | elsewhere | {"records": f"../{folder.name}/{line['records']}"}, None) for line in stored]
-            by = read_json(folder / "settings.json")["measured_by"]
-            return run.tracker.log_evaluation(parts), f"Reused from {shorten_path(folder)}, measured by run {by}."
-    with run.recorded("base_evaluation"):
-        lines = evaluate_policy(run, POSITION)
-        _keep(run, folder, settings, lines)
+        with in_turn(folder.with_name(f".{folder.name}.lock")):  # runs side by side wait for the first
+            if (folder / "settings.json").exists() and (stored := read_lines(folder / "evaluations.jsonl")):
+                elsewhere = {"reused_from": folder.name}
+                lines = [(e | elsewhere | {"records": f"../{folder.name}/{e['records']}"}, None) for e in stored]
+                by = read_json(folder / "settings.json")["measured_by"]
+                return run.tracker.log_evaluation(lines), f"Reused from {shorten_path(folder)}, measured by run {by}."
+            lines = evaluate_policy(run, POSITION)
+            _keep(run, folder, settings, lines)
     return lines, f"Measured now, and kept in {shorten_path(folder)} for later runs."
 
 

@@ -1,5 +1,6 @@
 """One process a folder: a lock that the system releases when its owner ends, however it ends."""
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -43,3 +44,17 @@ def release(folder: Path) -> None:
     if lock is not None and lock.is_locked:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+@contextlib.contextmanager
+def in_turn(path: Path):
+    """One process at a time is in the block; where the file system knows no locks, all are at once."""
+    lock = FileLock(path, fallback_to_soft=False)
+    with contextlib.suppress(OSError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)
+            lock.release()

@@ -26,6 +26,7 @@ class ThisMachine:
     """
 
     longest_first = False
+    base_first = False  # runs of one folder wait for its base by themselves
 
     def __init__(self, folder: Path, at_once: int = 1, places: tuple[dict, ...] = ({},)):
         self.folder, self.at_once, self.places = folder, at_once, places
@@ -58,7 +59,7 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, every: float = 30.0) 
     try:
         with progress.bars:
             while waiting or jobs:
-                while waiting and len(jobs) < room(folder, machine.at_once, waiting[0][1]):
+                while waiting and len(jobs) < room(folder, machine, waiting[0][1]):
                     label, run = waiting.pop(0)
                     if run.is_kept(folder):
                         outcome.kept.append(run.name)
@@ -77,11 +78,12 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, every: float = 30.0) 
     return outcome
 
 
-def room(folder: Path, at_once: int, run: PlannedRun) -> int:
+def room(folder: Path, machine, run: PlannedRun) -> int:
     """How many runs may be at work at a time, before `run` starts."""
-    # The untrained base is measured by the first run and reused by the others: side by side, each would measure it. So
-    # runs go one by one until some base is there. One that needs another base measures it itself: right, only slower.
-    return at_once if any(folder.glob("base-*/settings.json")) or not run.measures_base else 1
+    # The untrained base is measured by the first run and reused by the others. Where they share no folder, each would
+    # measure it side by side: so they go one by one until some base is there.
+    alone = machine.base_first and run.measures_base and not any(folder.glob("base-*/settings.json"))
+    return 1 if alone else machine.at_once
 
 
 def conclude(job: Job, folder: Path, outcome: Outcome, progress: Progress) -> None:

@@ -3,6 +3,9 @@
 import contextlib
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +28,33 @@ class Measuring:
         (self.config.run_dir / "evaluations").mkdir(parents=True)
 
 
+def test_a_run_waits_for_the_base_that_another_measures(tmp_path, monkeypatch):
+    measured, at_work, go_on = [], threading.Event(), threading.Event()
+
+    def measure(measuring, position):
+        measured.append(measuring.config.run_name)
+        at_work.set()
+        assert go_on.wait(30)
+        (measuring.config.run_dir / "evaluations/000.jsonl").write_text(measuring.config.run_name)
+        return [{"train_step": 0, "records": "evaluations/000.jsonl"}]
+
+    monkeypatch.setattr(base, "_settings", lambda measuring: {"model": "one"})
+    monkeypatch.setattr(base, "evaluate_policy", measure)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(base.evaluate_base, Measuring(tmp_path, "n128"))
+        assert at_work.wait(30)
+        second = threads.submit(base.evaluate_base, Measuring(tmp_path, "n256"))
+        time.sleep(0.3)
+        assert not second.done()
+        go_on.set()
+        assert "Measured now" in first.result()[1] and "measured by run n128" in second.result()[1]
+    assert measured == ["n128"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == [], "no lock is left"
+
+
 @pytest.mark.parametrize("slower", ["measuring", "writing"])
 def test_runs_that_measure_the_same_base_at_once_leave_one_whole_base(tmp_path, monkeypatch, slower):
-    """n256 measures and keeps the base while n128 is still measuring it, or about to keep its own."""
+    """On a file system without locks, where n256 keeps it while n128 still measures, or is about to keep its own."""
     both = {name: Measuring(tmp_path, name) for name in ("n128", "n256")}
     write_json = base.write_json
 
@@ -48,6 +75,7 @@ def test_runs_that_measure_the_same_base_at_once_leave_one_whole_base(tmp_path, 
     monkeypatch.setattr(base, "_settings", lambda measuring: {"model": "one"})
     monkeypatch.setattr(base, "evaluate_policy", measure)
     monkeypatch.setattr(base, "write_json", write)
+    monkeypatch.setattr(base, "in_turn", contextlib.nullcontext)
     lines, _ = base.evaluate_base(both["n128"])
     assert lines[0]["by"] == "n128", "each goes on with what it measured"
     [folder] = tmp_path.glob("*base-*")

@@ -108,15 +108,6 @@ def test_one_job_after_another_unless_asked_for(stub, tmp_path):
     assert started(folder / "n256") > ended(folder / "n128")
 
 
-def test_the_others_start_once_the_first_has_measured_the_untrained_base(stub, tmp_path):
-    """At once they would each measure it; only after the first has ended, they would not meet it."""
-    folder = tmp_path / "runs"
-    words = ["--sizes", "128", "256", "512", "--jobs", "3", "-p", "base_after", "3", "-p", "meet", "n128 n256 n512"]
-    outcome = made(stub, folder, *words)
-    assert (sorted(outcome.finished), outcome.failed) == (["n128", "n256", "n512"], {})
-    assert (folder / "base-0123/measured_by").read_text() == "n128\n"
-
-
 def test_a_run_that_fails_beside_another_leaves_it_alone_and_the_rest_goes_on(stub, tmp_path, capsys):
     """n256 fails as soon as n128 is at work beside it."""
     folder = tmp_path / "runs"
