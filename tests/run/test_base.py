@@ -22,7 +22,7 @@ class Measuring:
     """As much of a run as `evaluate_base` needs."""
 
     def __init__(self, folder: Path, name: str):
-        self.config = SimpleNamespace(runs_dir=str(folder), run_name=name, run_dir=folder / name)
+        self.config = SimpleNamespace(runs_dir=str(folder), run_name=name, run_dir=folder / name, model="a model")
         self.tracker = SimpleNamespace(evaluations=[], log_evaluation=lambda parts: [line for line, _ in parts])
         self.recorded = lambda part: contextlib.nullcontext()
         (self.config.run_dir / "evaluations").mkdir(parents=True)
@@ -118,6 +118,12 @@ def test_the_same_question_has_the_same_base(parameters):
     assert key(parameters) == key(parameters, **other)
 
 
+def test_the_same_model_in_another_folder_has_the_same_base(parameters, tiny_model, tmp_path):
+    """As on another machine of a cluster."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    assert key(parameters) == key(parameters, model=str(tmp_path / "model"))
+
+
 def test_another_grader_or_engine_has_another_base(parameters, monkeypatch):
     before = key(parameters)
     monkeypatch.setattr(grading, "version", lambda: "another")
@@ -136,7 +142,7 @@ def test_another_commit_of_a_hub_model_has_another_base(parameters, monkeypatch)
     for commit in ("1111", "2222"):
         monkeypatch.setattr(base, "hub_commit", lambda model, revision, commit=commit: commit)
         keys.append(base._settings(run))
-    assert keys[0] != keys[1] and keys[0]["weights"] == "1111"
+    assert keys[0] != keys[1] and keys[0]["weights"] == ["somebody/some-model", "1111"]
 
 
 def test_a_model_saved_over_the_same_folder_has_another_base(parameters, tiny_model, tmp_path):

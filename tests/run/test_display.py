@@ -46,9 +46,15 @@ def test_an_answer_is_shown_with_its_grade_and_its_gold_answer_only_where_it_is_
     record = {"id": "validation/1", "response": "<b> </think> <answer>41</answer>"}
     for folder, shows in ((PROFILES["mini"]["data_dir"], True), ("/data/MATH", False)):
         run = SimpleNamespace(config=SimpleNamespace(data_dir=folder), problems=[problem])
-        page = live.graded_answer(run, record).to_html()
+        page = live.graded_answer(run, [record | {"response": None}, record]).to_html()
         assert "&lt;b&gt; &lt;/think&gt;" in page and "format_reward" in page and "validation/1" in page
         assert (">42<" in page) is shows and "6 x 7" not in page
+
+
+def test_a_response_whose_text_is_not_kept_is_said_to_be_so():
+    record = {"id": "x/1", "response": None, "verdict": "wrong", "tokens": 9, "token_entropy": 0.5}
+    assert "not kept" in generations_table(SimpleNamespace(shown_ids={"x/1"}), [record], [record]).to_html()
+    assert live.graded_answer(SimpleNamespace(), [record]) == "The text of no response is kept."
 
 
 LINE = {"train_step": 9, "n": 20, "samples": 4, "decoding": "sampled", "correct": 16, "wrong": 40, "no_answer": 20}

@@ -19,6 +19,7 @@ import pytest
 from lib.files import PROJECT_ROOT, UserError, read_json, read_lines
 from lib.run.prepare import prepare
 from lib.settings import PARAMETERS, resolve
+from lib.study.page import ANALYSIS_NOTEBOOK
 from lib.training.policy import load_policy
 from lib.training.steps import make_optimizer, train_steps
 
@@ -31,8 +32,8 @@ SECRETS = {
 }
 
 
-def papermill(output: Path, folder: Path, **parameters) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(output), "--no-progress-bar"]
+def papermill(output: Path, folder: Path, notebook: Path = NOTEBOOK, **parameters) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "--no-progress-bar"]
     for name, value in parameters.items():
         command += ["-p", name, str(value)]
     environment = os.environ | SECRETS | {"JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter")}
@@ -224,6 +225,22 @@ def test_a_second_run_reuses_the_base_and_repeats_the_curve(toy, executed):
         )
         without = {"token_entropy": None} if before["train_step"] == 3 else {}  # the policy had moved on
         assert [record | without for record in first] == [record | without for record in second]
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_run_comes_to_its_end_with_few_responses_or_none(toy, kept):
+    """From its own base on, as on a machine that has no other run."""
+    folder, settings = toy
+    few = {"keep_responses": kept, "log_generations": 0, "max_steps": 1, "runs_dir": folder / f"few{kept}"}
+    result = papermill(folder / "few.ipynb", folder, **(settings | few), run_name="few")
+    assert result.returncode == 0, result.stderr[-3000:]
+    shown = text_of(nbformat.read(folder / "few.ipynb", as_version=4))
+    assert ("The text of no response is kept" in shown) is (kept == 0) and ("format_reward" in shown) is (kept > 0)
+    lines = read_lines(few["runs_dir"] / "few/evaluations.jsonl")
+    records = [record for line in lines for record in read_lines(few["runs_dir"] / "few" / line["records"])]
+    assert {r["response"] is None for r in records} == ({True} if kept == 0 else {True, False})
+    report = papermill(folder / "report.ipynb", folder, ANALYSIS_NOTEBOOK, runs_dir=few["runs_dir"])
+    assert report.returncode == 0, report.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
