@@ -148,7 +148,7 @@ def lengths_row(
     sampled, greedy = (Sampling(temperature, 1.0, settings.max_new_tokens) for temperature in (1.0, 0.0))
     calls = {rows.SAMPLED: [[sampled]], rows.BOTH: [[sampled, greedy]], rows.IN_TURN: [[sampled], [greedy]]}
     engine, start_seconds = start()
-    row = {"problems": len(problems), "start_seconds": start_seconds}
+    row = {"trained": bool(settings.trained), "problems": len(problems), "start_seconds": start_seconds}
     if "profiled" in variant:
         engine.ask_all("ask", "apply_model", profile.install)
     generations = []

@@ -72,6 +72,7 @@ def compare_with_goals(rows: list[dict]) -> pd.DataFrame:
         found = measured(rows, part).get(variant, {}).get(key)
         return math.nan if found is None else found
 
+    rows = [row for row in rows if row.get("trained", row["part"] != "lengths")]  # answers of a base are longer
     full, fixed, real = value("ours", names.FULL), partial(value, "evaluation"), partial(value, "lengths")
     rate, sampled = "problems_per_second", f"{names.THREE}: {names.SAMPLED}"
     trl = max((row["tokens_per_second"] for row in measured(rows, "trl").values()), default=math.nan)

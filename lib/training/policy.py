@@ -82,8 +82,13 @@ def _check_packing(policy: nn.Module, model: str) -> None:
 
 
 def autocast(device: str, precision: str):
-    """bf16 arithmetic over fp32 weights ('bf16'), or plain fp32 ('fp32'), the same in meaning on CPU and GPU."""
-    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    """bf16 arithmetic over fp32 weights ('bf16'), or plain fp32 ('fp32'), the same in meaning on CPU and GPU.
+
+    Without torch's cache, which would hold a bf16 copy of all weights to the block's end: each is used once there.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, cache_enabled=False)
 
 
 def response_log_probs(policy: nn.Module, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
