@@ -22,7 +22,7 @@ MEMORY = {"80 GB": (80, 0), "24 GB": (24, 0), "40 GB": (40, 0), "80 GB, seed 1":
 VLLM, GENERATE = "vLLM", "generate, batch 256"
 # A variant of real lengths is a number of engines, any of the switches, and how they decode: see LENGTHS.
 SWITCHES = {  # settings of vLLM, or variables of the environment of the engines' processes
-    "prefix cache": {"enable_prefix_caching": True},
+    "no prefix cache": {"enable_prefix_caching": False},
     "mixed steps not recorded": {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"},
     "core apart": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
     "profiled": {},
@@ -32,7 +32,7 @@ THREE = "3 engines"
 LENGTHS = [
     f"2 engines: {SAMPLED}",  # the first start waits for the import of vLLM
     *(f"{THREE}: {decoding}" for decoding in (SAMPLED, BOTH, IN_TURN)),
-    *(f"{THREE}, prefix cache: {decoding}" for decoding in (SAMPLED, BOTH)),
+    *(f"{THREE}, no prefix cache: {decoding}" for decoding in (SAMPLED, BOTH)),
     f"4 engines: {SAMPLED}",
     f"1 engine, profiled: {SAMPLED}",
     f"1 engine, mixed steps not recorded: {SAMPLED}",

@@ -102,8 +102,9 @@ def begin_vllm(
         "tokenizer_revision": revision,
         "dtype": str(DTYPES[precision]).removeprefix("torch."),
         "max_model_len": max_model_len,
-        # A GPU's engine is faster without, and has no blocks of former weights that could be taken for valid.
-        "enable_prefix_caching": device == "cpu",
+        # Prompts begin alike, and a problem's second response finds its whole prompt: 48.5 instead of 52.5 s for 5000
+        # sampled answers of a 1.5 B base by three engines (H100). A sync empties it.
+        "enable_prefix_caching": True,
         "trust_remote_code": trust_remote_code,
         "load_format": "safetensors",  # nothing pickled, which could run code
     }

@@ -151,7 +151,7 @@ def made_up(rate: float = 66_000, utilisation: float = 0.5) -> list[dict]:
         | {"tokens_per_second": 64_400.0, "mean_tokens": 165.2, "seconds": 6.25}
         | {"start_seconds": 17.0, "graded_per_second": 1250.0},
         real | {"variant": "1 engine: sampled", "problems_per_second": 80.0},
-        real | {"variant": "1 engine, prefix cache: sampled", "problems_per_second": 70.0},
+        real | {"variant": "1 engine, no prefix cache: sampled", "problems_per_second": 70.0},
         {"part": "memory", "variant": "24 GB", "error": "not measured within 30 s"},
     ]  # fmt: skip
 
@@ -207,13 +207,13 @@ def test_phases_of_an_engine_split_where_it_is_full_and_where_nothing_waits():
 
 
 def test_a_variant_s_words_are_settings_of_vllm_and_of_the_engines_processes():
-    told, started = evaluation.options_of("3 engines, prefix cache, core apart")
-    assert told == {"enable_prefix_caching": True}
+    told, started = evaluation.options_of("3 engines, no prefix cache, core apart")
+    assert told == {"enable_prefix_caching": False}
     assert started == {"engines": 3, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     assert evaluation.options_of("1 engine, profiled") == ({}, {"engines": 1})
     for variant in rows.LENGTHS:
         evaluation.options_of(variant.split(": ")[0])
-    with pytest.raises(UserError, match="variants: 'prefix' unknown; there are prefix cache, "):
+    with pytest.raises(UserError, match="variants: 'prefix' unknown; there are no prefix cache, "):
         evaluation.options_of("2 engines, prefix")
 
 

@@ -47,8 +47,7 @@ def main(
     tokenizer, policy = load_tokenizer(model), load_policy(model, train_device)
     prompts = [tokenizer(f"Find the sum of {i} and {i + 1}. " * 20)["input_ids"][:200] for i in range(8)]
     settings = {"log_file": log_file, "max_model_len": 512, "gpu_memory_utilization": float(share)}
-    settings |= {"engines": int(count) or None, "enable_prefix_caching": True}
-    engine = engines.init_vllm(model, eval_device, train_device, **settings)
+    engine = engines.init_vllm(model, eval_device, train_device, engines=int(count) or None, **settings)
     seen = {"start_seconds": engine.start_seconds, "replicas": len(engine.replicas), "sync_seconds": [], "proofs": []}
     print(json.dumps({"engine": [p.pid for p in psutil.Process().children(recursive=True)]}), flush=True)
     if end in ("engine-killed", "exception"):

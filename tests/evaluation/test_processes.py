@@ -271,7 +271,7 @@ def test_engines_on_a_gpu_are_told_their_memory_and_their_way_of_weights(
     for process in processes:
         method, asked, log = process.call
         assert (method, log) == ("start", str(tmp_path / "engine.log"))
-        assert asked["weight_transfer_config"] == {"backend": backend} and not asked["enable_prefix_caching"]
+        assert asked["weight_transfer_config"] == {"backend": backend} and asked["enable_prefix_caching"]
         assert asked["load_format"] == "safetensors" and asked["dtype"] == "bfloat16"
         assert asked["max_num_seqs"] == 512 == max(asked["compilation_config"]["cudagraph_capture_sizes"])
         assert asked["compilation_config"]["cudagraph_mode"] == "FULL_AND_PIECEWISE"
