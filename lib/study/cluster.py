@@ -4,6 +4,7 @@ The project's code travels along, and so do data and a model inside the project 
 the same path on each node.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -20,6 +21,7 @@ from ray import exceptions
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lib.environment import COMMIT, git_state
 from lib.files import PROJECT_ROOT, UserError, absolute, shorten_path
 from lib.logs import captured
 from lib.study.execution import GRACE, POLL, one_line
@@ -103,6 +105,7 @@ class Cluster:
             gpus, cpus = share_of_a_run([node["Resources"] for node in nodes], gpus, cpus)
             paths = {name: str(inside(path, PROJECT_ROOT)) for name, path in named_files(settings).items()}
             passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
+            passed[COMMIT] = json.dumps(list(git_state().values()))
             token, code = uuid.uuid4().hex, code_digest(PROJECT_ROOT)
             self.work = Work(token, folder, PROJECT_ROOT, code, paths, gpus, cpus, passed)
             (folder / MARKER).write_text(token)

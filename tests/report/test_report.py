@@ -635,10 +635,11 @@ def test_missing_failed_and_unfinished_runs_are_named_and_not_counted(tmp_path):
 
 
 def test_a_setting_that_differs_is_named_with_its_values(tmp_path):
-    plans = {"n128": PLANS["n128"], "full": Plan(0.8, 0.6, parameters={"learning_rate": 0.01})}
+    own = {"learning_rate": 0.01, "keep_responses": 0, "keep_model": True}
+    plans = {"n128": PLANS["n128"], "full": Plan(0.8, 0.6, parameters=own)}
     said = sentences.gaps(load(fabricate(tmp_path, plans)))
     assert "**Runs differ** in `learning_rate`: 0.0004 (n128); 0.01 (full)" in said
-    assert "`n`" not in said and "`filtered`" not in said
+    assert "`n`" not in said and "`filtered`" not in said and "`keep_" not in said, "no number hangs on those"
 
 
 def test_which_gpu_a_run_had_is_no_difference_but_a_gpu_and_a_cpu_are(tmp_path):

@@ -37,6 +37,9 @@ BODY = """
 import json, os, subprocess, time
 from pathlib import Path
 
+import lib
+from lib.environment import git_state
+
 folder = Path(runs_dir) / run_name
 folder.mkdir(parents=True, exist_ok=True)
 names = ("n", "filtered", "profile", "seed", "learning_rate", "epochs", "run_name")
@@ -45,7 +48,8 @@ config["learning_rate"] = learning_rate or 0.001
 config["profile"] = "mini" if profile == "auto" else profile
 (folder / "config.json").write_text(json.dumps({"parameters": config, "data": {"train_steps": 4}}))
 with open(folder / "visits.jsonl", "a") as visits:
-    here = {"cwd": os.getcwd()} | {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+    told = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    here = {"cwd": os.getcwd(), "lib": lib.__file__, **git_state()} | {name: os.environ.get(name) for name in told}
     visits.write(json.dumps({"pid": os.getpid(), "started": time.time(), **here}) + "\\n")
 """
 # The untrained base is measured by the run that finds none; then the run waits for those that it is to `meet`.

@@ -27,6 +27,7 @@ from stub_study import (  # noqa: F401
     wait_for_run,
 )
 
+from lib.environment import git_state
 from lib.files import PROJECT_ROOT, UserError, read_lines
 from lib.study.choice import GRIDS
 from lib.study.execution import MARK
@@ -101,7 +102,8 @@ def test_runs_of_a_shared_folder_are_made_in_it(stub, tmp_path, nodes):
     assert (folder / "base-0123/measured_by").read_text() == "n512\n", "the longest run begins"
     run = folder / "n128"
     assert (seen(run, "OMP_NUM_THREADS"), seen(run, "CUDA_VISIBLE_DEVICES")) == ("1", ""), "those of its task"
-    assert seen(run, "cwd") == str(PROJECT_ROOT), "the same code at the same place is used where it is"
+    assert seen(run, "cwd") == str(PROJECT_ROOT) == str(Path(seen(run, "lib")).parents[1]), "the same code, where it is"
+    assert {name: seen(run, name) for name in ("git_commit", "git_dirty")} == git_state()
     names = ["n128", "n256", "n512"]
     expected = {"base-0123", "ray.log", *names, *(f"{name}.ipynb" for name in names)}
     assert {path.name for path in folder.iterdir()} == expected
@@ -163,6 +165,7 @@ def test_other_code_on_the_nodes_is_not_used(stub, tmp_path, nodes, monkeypatch)
     outcome = made(stub, folder, "--sizes", "128", *data, "--ray", nodes.address, *EACH)
     assert outcome.finished == ["n128"]
     place = Path(seen(folder / "n128", "cwd"))
+    assert seen(folder / "n128", "git_commit") == git_state()["git_commit"], "the copy has no history"
     assert place != PROJECT_ROOT and (place / "lib/study/cluster.py").read_text() == Path(cluster.__file__).read_text()
     assert (place / "tests/study/test_cluster.py").is_file() and not (place / "README.md").exists()
 
