@@ -178,6 +178,8 @@ def failure(notebook: nbformat.NotebookNode | None, log: Path, code: int) -> str
                 return one_line(f"{output.ename}: {output.evalue}")
     printed = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     lines = [line for line in printed.splitlines() if line.strip()]
+    if lines and "DeadKernelError" in lines[-1]:  # it had no time to say anything
+        return f"its kernel died: killed by someone, or by the system for lack of memory (its log: {shorten_path(log)})"
     how = f"ended by signal {-code}" if code < 0 else f"exit status {code}"
     return one_line(f"{lines[-1].strip() if lines else 'papermill said nothing'} ({how})")
 

@@ -36,7 +36,7 @@ class Position:
     def __str__(self) -> str:
         where = f" on {self.node}" if self.node else ""
         if not self.step:
-            return f"setting up{where}"
+            return f"before its first step{where}"
         return ("last evaluation" if self.step == self.steps else f"step {self.step} of {self.steps}") + where
 
 

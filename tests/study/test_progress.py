@@ -45,7 +45,7 @@ def test_time_left_is_the_work_left_at_the_speed_so_far():
 @pytest.mark.parametrize(
     ("position", "said"),
     [
-        (Position("", 0, 0), "setting up"),
+        (Position("", 0, 0), "before its first step"),
         (Position("", 3, 4), "step 3 of 4"),
         (Position("", 4, 4), "last evaluation"),
         (Position("gpu-7", 3, 4), "step 3 of 4 on gpu-7"),
@@ -71,7 +71,7 @@ def test_each_run_at_work_has_its_line(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "[1/6] n128 started",
         "[2/6] n256 started again: it was not finished",
-        "[1/6] n128 setting up, 0:01:00",
+        "[1/6] n128 before its first step, 0:01:00",
         "[2/6] n256 step 3 of 4, 0:01:00",
     ]
 
