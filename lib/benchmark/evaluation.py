@@ -46,10 +46,12 @@ def timed(row: dict, device: str):
 
 
 @contextlib.contextmanager
-def started(settings: Settings, longest: int, **options):
+def started(settings: Settings, prompts: list[list[int]], new_tokens: int, **options):
     """An engine for the model, which ends with the block, and the seconds until each of its replicas had answered."""
     log_file, begin = Path(settings.out).with_name("engine.log"), time.perf_counter()
-    options |= {"log_file": log_file, "max_model_len": longest, "seed": settings.seed}
+    lengths = list(map(len, prompts))
+    options |= {"max_model_len": max(lengths) + new_tokens, "usual_len": round(statistics.mean(lengths)) + new_tokens}
+    options |= {"log_file": log_file, "seed": settings.seed}
     engine = init_vllm(settings.model, settings.device, "cpu", **options)
     try:
         generate(engine, [[0]] * len(engine.replicas), Sampling(max_new_tokens=1))
@@ -69,8 +71,7 @@ def vllm_row(settings: Settings, prompts: list[list[int]]) -> dict:
     fixed = SamplingParams(temperature=1.0, max_tokens=length, min_tokens=length, ignore_eos=True)
     requests, row = [{"prompt_token_ids": ids} for ids in prompts], {"problems": len(prompts)}
     calls = [("generate", requests[first::count], fixed) for first in range(count)]
-    longest = max(map(len, prompts)) + length
-    with started(settings, longest, engines=count) as (engine, seconds), timed(row, settings.device):
+    with started(settings, prompts, length, engines=count) as (engine, seconds), timed(row, settings.device):
         parts = engine.ask_each("ask", calls)
     assert all(len(output.outputs[0].token_ids) == length for part in parts for output in part)
     return row | {"start_seconds": seconds, "problems_per_second": len(prompts) / row["seconds"]}
@@ -134,9 +135,10 @@ def measure_engine(
     settings: Settings, options: dict, variants: list[str], prompts: list[list[int]], problems: list[Problem]
 ) -> None:
     """The variants of one engine, which starts with the first of them (or the next, where that fails)."""
-    longest = max(map(len, prompts)) + settings.max_new_tokens
     with contextlib.ExitStack() as stack:
-        start = functools.cache(lambda: stack.enter_context(started(settings, longest, **options)))
+        start = functools.cache(
+            lambda: stack.enter_context(started(settings, prompts, settings.max_new_tokens, **options))
+        )
         for variant in variants:
             attempt(settings, variant, partial(lengths_row, settings, start, variant, prompts, problems))
 

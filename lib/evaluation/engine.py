@@ -77,6 +77,7 @@ def begin_vllm(
     log_file: Path,
     precision: str = "bf16",
     max_model_len: int,
+    usual_len: int | None = None,
     gpu_memory_utilization: float | None = None,
     reserved_bytes: int = 0,
     engines: int | None = None,
@@ -88,7 +89,8 @@ def begin_vllm(
 ) -> Engine:
     """Begin to start an engine; on a GPU this returns at once, and `wait_until_ready` says whether it worked.
 
-    `max_model_len` counts prompt and response tokens. On a GPU `replicas`, or else those of `start_replicas`, take
+    `max_model_len` counts prompt and response tokens, and so does `usual_len`, by a usual prompt (None: the same), of
+    which the number of responses at a time is planned. On a GPU `replicas`, or else those of `start_replicas`, take
     `gpu_memory_utilization` of its memory together; None: most of what is free, less `reserved_bytes` for a policy on
     the same card. Calls raise `EngineError` where a replica gives no sign of life for `timeout` seconds. `options` are
     further settings of vLLM's `LLM`.
@@ -115,7 +117,7 @@ def begin_vllm(
         else:
             shape = model_shape(model, trust_remote_code, revision)
             budget = {"share": gpu_memory_utilization, "reserved": reserved_bytes, "fewest": engines or 1}
-            settings |= _gpu_settings(engine, shape, max_model_len, **budget)
+            settings |= _gpu_settings(engine, shape, max_model_len, usual_len or max_model_len, **budget)
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with engine.output_captured():
             for replica in replicas:
@@ -145,7 +147,7 @@ def wait_until_ready(engine: Engine) -> None:
 
 
 def _gpu_settings(
-    engine: Engine, shape: Shape, max_model_len: int, share: float | None, reserved: int, fewest: int
+    engine: Engine, shape: Shape, max_model_len: int, usual_len: int, share: float | None, reserved: int, fewest: int
 ) -> dict:
     """A replica's memory and CUDA graphs on a GPU; nothing is compiled, which would not pay in some minutes."""
     one_gpu = engine.device == engine.train_device
@@ -158,6 +160,7 @@ def _gpu_settings(
         fewest=fewest,
         precision_bytes=DTYPES[engine.precision].itemsize,
         max_model_len=max_model_len,
+        usual_len=usual_len,
         most_at_once=MOST_AT_ONCE,
         reserved=max(0, reserved - held),
     )

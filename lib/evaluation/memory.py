@@ -166,31 +166,33 @@ def plan_share(
     fewest: int,
     precision_bytes: int,
     max_model_len: int,
+    usual_len: int,
     most_at_once: int,
     reserved: int = 0,
 ) -> Plan:
     """Divide a card's memory (bytes) among `engines` of them, which take no more than `most_at_once` responses need.
 
-    Where each would have room for few responses there are fewer of them, but not fewer than `fewest`.
+    Where each would have room for few responses there are fewer of them, but not fewer than `fewest`. A few responses
+    of `max_model_len` tokens must fit (prompt and response), and are planned for as ones of `usual_len`.
     `share`: of the whole memory for all of them together; None: most of what is free, less `reserved`, which the policy
     will still take. Raises `EngineError` where too little is left.
     """
     budget = share * total if share is not None else SPARE * (free - reserved)
-    response = shape.cache_elements * precision_bytes * max_model_len  # bytes of cache at its full length
+    longest, usual = (shape.cache_elements * precision_bytes * tokens for tokens in (max_model_len, usual_len))
     fixed = engine_bytes(shape, precision_bytes, max_model_len, at_once=0)
     caches = {count: int(budget / count) - fixed for count in range(fewest, engines + 1)}
     # Each takes time for itself, so several small ones are faster than a large one: 25,500 tokens/s of one with 538
     # responses at a time, GPU half idle, 50,000 of three with 512 each (1.5 B parameters, H100).
-    engines = max((count for count in caches if 2 * caches[count] >= ENOUGH_AT_ONCE * response), default=fewest)
+    engines = max((count for count in caches if 2 * caches[count] >= ENOUGH_AT_ONCE * usual), default=fewest)
     cache = caches[engines]
-    if cache < LEAST_AT_ONCE * response:
+    if cache < LEAST_AT_ONCE * longest:
         beside = f"of {free / GIB:.1f} GiB that are free, {reserved / GIB:.1f} GiB are left to the policy; the other "
         raise EngineError(
             f"gpu_memory_utilization={share}: {beside if share is None else ''}{max(0, budget) / GIB:.1f} GiB are too "
             f"little for {engines} {'engine' if engines == 1 else 'engines'}: weights, activations and {LEAST_AT_ONCE} "
-            f"responses of {max_model_len} tokens need {engines * (fixed + LEAST_AT_ONCE * response) / GIB:.1f} GiB"
+            f"responses of {max_model_len} tokens need {engines * (fixed + LEAST_AT_ONCE * longest) / GIB:.1f} GiB"
         )
     most = most_at_once // min(engines, 2)  # each takes half of them, so that one that is ahead finds work
-    cache = min(cache, most * response)
+    cache = min(cache, max(most * usual, LEAST_AT_ONCE * longest))
     # More responses than half filled fit would be put off and computed anew.
-    return Plan(engines, (cache + fixed) / total, cache, min(most, 2 * cache // response))
+    return Plan(engines, (cache + fixed) / total, cache, min(most, 2 * cache // usual))

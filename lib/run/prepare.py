@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean
 
 from transformers import AutoConfig
 
@@ -127,6 +128,7 @@ def start_engine(run: Run, log_file: Path) -> Engine:
         config.train_device,
         log_file=log_file,
         max_model_len=longest_evaluation(run),
+        usual_len=round(mean(map(len, run.prompts))) + config.max_new_tokens,
         reserved_bytes=run.savings.reserved,
         replicas=replicas,
         timeout=config.engine_timeout,
