@@ -79,10 +79,10 @@ def assert_nothing_left(engine_processes: list[int], before: list[int]) -> None:
 
 
 def test_weights_arrive_and_nothing_is_left():
-    """One engine for each way of the weights, side by side: four syncs proven, weights not sent and stale key/value
-    blocks refused."""
+    """For each way of the weights, side by side, two engines beside the policy and three apart: four syncs proven,
+    weights not sent and stale key/value blocks refused."""
     before = memory_used()
-    processes = {place.id: start(*place.values) for place in PLACES}
+    processes = {place.id: start(*place.values, engines=2 if len(set(place.values)) == 1 else 0) for place in PLACES}
     engine_processes = []
     for name, process in processes.items():
         output, errors = process.communicate(timeout=300)
