@@ -1,6 +1,4 @@
-import sys
-
-from lib.study.command import main
+from lib.study.command import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,6 +6,7 @@ Finished runs are kept, so a stopped study goes on where it stopped: call it aga
 """
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -194,6 +195,15 @@ def main(words: list[str] | None = None) -> int:
         return 2
     print(f"Report: {shorten_path(page)} (as a notebook: {shorten_path(page.with_suffix('.ipynb'))})")
     return 1 if outcome.failed else 0
+
+
+def leave(code: int) -> None:
+    """End the process. Ray is closed by then, but its threads were once seen to hold up the exit for a minute."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "ray" in sys.modules:
+        os._exit(code)
+    sys.exit(code)
 
 
 def read_folder(text: str) -> Path:

@@ -196,7 +196,7 @@ plan.TRAIN_NOTEBOOK = Path({stub!r})
 plan.settle = settle_stub
 study.make_report = lambda folder: folder / "report.html"
 {more}
-sys.exit(study.main(sys.argv[1:]))
+study.leave(study.main(sys.argv[1:]))
 """
 
 
