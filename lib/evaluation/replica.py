@@ -18,6 +18,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from lib.environment import python_path
 from lib.files import PROJECT_ROOT, shorten_path
 
 MOST_REPLICAS = 3  # three engines keep an H100 busy; a fourth would take memory and bring nothing
@@ -143,7 +144,6 @@ def start_process(device: str, cores: list[int], **variables: str) -> Replica:
     """Start one engine's process. It ends with the calling thread, which must live as long as the engine."""
     ours, theirs = Pipe()
     output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (open as long as the process may print)
-    paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]
     arguments = [str(theirs.fileno()), ",".join(map(str, cores))]
     process = subprocess.Popen(
         [sys.executable, "-u", "-P", "-m", "lib.evaluation.worker", *arguments],
@@ -151,7 +151,7 @@ def start_process(device: str, cores: list[int], **variables: str) -> Replica:
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
-        env=os.environ | _environment(device) | variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=os.environ | _environment(device) | variables | {"PYTHONPATH": python_path(PROJECT_ROOT)},
         start_new_session=True,  # an interrupt of the notebook is not one of the engine
     )
     theirs.close()

@@ -45,8 +45,8 @@ def _keep(run: Run, folder: Path, settings: dict, lines: list[dict]) -> None:
             for line in lines:
                 shutil.copyfile(run.config.run_dir / line["records"], partial / line["records"])
             write_lines(partial / "evaluations.jsonl", lines)
-            by = {"model": shorten_path(run.config.model), "measured_by": run.config.run_name}
-            write_json(partial / "settings.json", settings | by)
+            of = {"model": shorten_path(run.config.model), "measured_by": run.config.run_name}
+            write_json(partial / "settings.json", settings | of)
     except OSError:
         if not (folder / "settings.json").exists():
             raise

@@ -41,9 +41,8 @@ def hold(folder: Path, what: str) -> None:
 def release(folder: Path) -> None:
     """Give the folder back, if this process holds it."""
     lock = _held.pop(folder.resolve(), None)
-    if lock is not None and lock.is_locked:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    if lock is not None:
+        _give_back(lock)
 
 
 @contextlib.contextmanager
@@ -55,6 +54,10 @@ def in_turn(path: Path):
     try:
         yield
     finally:
-        if lock.is_locked:
-            path.unlink(missing_ok=True)
-            lock.release()
+        _give_back(lock)
+
+
+def _give_back(lock: FileLock) -> None:
+    if lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -2,14 +2,13 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import mean
 
 from transformers import AutoConfig
 
 from lib.data import find_contamination, load_evaluation_problems, load_examples, select_examples, stratified_subset
 from lib.environment import describe_environment
 from lib.evaluation.engine import DTYPES, Engine, begin_vllm
-from lib.evaluation.evaluate import encode_prompts
+from lib.evaluation.evaluate import context_lengths, encode_prompts
 from lib.evaluation.form import check_form
 from lib.evaluation.memory import ENOUGH_AT_ONCE, SPARE, Savings, card_memory, engine_bytes, model_shape, plan_savings
 from lib.evaluation.replica import Replica, start_replicas
@@ -58,7 +57,8 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
     sequences = encode(training.examples, tokenizer, config.max_length)
     batches = make_batches(sequences, config.batch_size, config.epochs, config.max_steps, config.seed)
     prompts = encode_prompts(problems, template, tokenizer)
-    savings = _plan_savings(config, max(map(len, prompts)) + config.max_new_tokens)
+    context = context_lengths(prompts, config.max_new_tokens)["max_model_len"]
+    savings = _plan_savings(config, context)
     check_optimizer(savings.optimizer)
     environment = describe_environment(config.train_device, config.eval_device) | {"memory": asdict(savings)}
     run = Run(
@@ -87,7 +87,7 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
     limit = getattr(model, "max_position_embeddings", None) or float("inf")
-    needed = {"max_new_tokens": longest_evaluation(run), "max_length": max(len(s.token_ids) for s in sequences)}
+    needed = {"max_new_tokens": context, "max_length": max(len(s.token_ids) for s in sequences)}
     for name, tokens in needed.items():
         if tokens > limit:
             raise UserError(
@@ -112,11 +112,6 @@ def _plan_savings(config: RunConfig, context: int) -> Savings:
     return plan_savings(total, shape, **asked, engine=beside, may_sleep=not config.eval_beside_training)
 
 
-def longest_evaluation(run: Run) -> int:
-    """Tokens of the longest prompt and response together: the context that the engine must hold."""
-    return max(map(len, run.prompts)) + run.config.max_new_tokens
-
-
 def start_engine(run: Run, log_file: Path) -> Engine:
     """Begin to start an engine for the run's model, with room for its longest prompt and response."""
     config = run.config
@@ -127,8 +122,7 @@ def start_engine(run: Run, log_file: Path) -> Engine:
         config.eval_device,
         config.train_device,
         log_file=log_file,
-        max_model_len=longest_evaluation(run),
-        usual_len=round(mean(map(len, run.prompts))) + config.max_new_tokens,
+        **context_lengths(run.prompts, config.max_new_tokens),
         reserved_bytes=run.savings.reserved,
         replicas=replicas,
         timeout=config.engine_timeout,

@@ -105,7 +105,7 @@ class Cluster:
             gpus, cpus = share_of_a_run([node["Resources"] for node in nodes], gpus, cpus)
             paths = {name: str(inside(path, PROJECT_ROOT)) for name, path in named_files(settings).items()}
             passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
-            passed[COMMIT] = json.dumps(list(git_state().values()))
+            passed[COMMIT] = json.dumps(git_state())
             token, code = uuid.uuid4().hex, code_digest(PROJECT_ROOT)
             self.work = Work(token, folder, PROJECT_ROOT, code, paths, gpus, cpus, passed)
             (folder / MARKER).write_text(token)

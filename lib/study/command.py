@@ -199,9 +199,9 @@ def main(words: list[str] | None = None) -> int:
 
 def leave(code: int) -> None:
     """End the process. Ray is closed by then, but its threads were once seen to hold up the exit for a minute."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     if "ray" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

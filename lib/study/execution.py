@@ -15,6 +15,7 @@ import nbformat
 import psutil
 import yaml
 
+from lib.environment import python_path
 from lib.files import PROJECT_ROOT, UserError, shorten_path
 
 MARK = "SFT_STUDY_RUN"  # in the environment of all processes of a notebook: who started it, a number, its folder
@@ -65,7 +66,8 @@ class Execution:
         environment: Mapping[str, str] = os.environ,
         project: Path = PROJECT_ROOT,
     ):
-        self.output, self.environment, self.project = output, environment, project
+        self.output, self.project = output, project
+        self.environment = {**environment, "PYTHONPATH": python_path(project, environment)}  # before Ray's copy of it
         self.partial = output.with_name(f".{output.stem}.partial.ipynb")
         self.log = output.with_suffix(".log")
         self.command = [sys.executable, "-c", PAPERMILL, str(os.getpid()), str(notebook), str(self.partial)]

@@ -51,7 +51,7 @@ def execute_run(work: Work, run: PlannedRun, bases: bytes | None) -> Iterator:
     folder = work.folder if shared else Path(tempfile.mkdtemp(prefix="scratch-", dir=Path.cwd()))
     elsewhere = {} if shared and project == work.project else work.paths | {"runs_dir": str(folder)}
     files = project / inside(run.notebook, work.project), folder / f"{run.name}.ipynb"
-    execution = Execution(*files, run.parameters | elsewhere, work.folder, environment(work, project), project)
+    execution = Execution(*files, run.parameters | elsewhere, work.folder, environment(work), project)
     try:
         if bases and not shared:
             unpack(bases, folder)
@@ -115,12 +115,9 @@ def inside(path: Path, project: Path) -> Path:
     return path.relative_to(project) if path.is_relative_to(project) else path
 
 
-def environment(work: Work, project: Path) -> dict[str, str]:
+def environment(work: Work) -> dict[str, str]:
     """Of a notebook's process: what the node has, what the user set besides, and the cores and GPUs of its task."""
-    found = os.pathsep.join(
-        filter(None, [str(project), os.environ.get("PYTHONPATH")])
-    )  # Ray's copy of the code after it
-    own = {**work.environment, **os.environ, "OMP_NUM_THREADS": str(work.cpus), "PYTHONPATH": found}
+    own = {**work.environment, **os.environ, "OMP_NUM_THREADS": str(work.cpus)}
     return own if work.gpus else own | {"CUDA_VISIBLE_DEVICES": ""}
 
 
