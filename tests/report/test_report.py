@@ -586,6 +586,21 @@ def test_matched_steps_are_read_as_such(tmp_path):
     assert "**Runs differ** in `epochs`: 40.5 (n128); 3 (full)" in sentences.gaps(load(tmp_path))
 
 
+def test_only_the_part_of_the_memory_plan_that_changes_numbers_counts_as_a_difference(tmp_path):
+    fabricate(tmp_path, {"n128": PLANS["n128"], "full": PLANS["full"]})
+    plan = {"optimizer": "adamw", "recompute": False, "sleep": False, "microbatch_tokens": 8192, "reserved": 0}
+
+    def said(**other):
+        for size, changes in (("n128", {}), ("full", other)):
+            config = json.loads((tmp_path / size / "config.json").read_text())
+            config["environment"]["memory"] = plan | changes
+            write_json(tmp_path / size / "config.json", config)
+        return sentences.gaps(load(tmp_path))
+
+    assert "**Runs differ** in" not in said(recompute=True, sleep=True, microbatch_tokens=4096, reserved=39295606784)
+    assert "**Runs differ** in `optimizer`: adamw (n128); adamw8bit (full)" in said(optimizer="adamw8bit")
+
+
 def test_a_resumed_run_is_named(tmp_path):
     run = fabricate_run(tmp_path, "full", PLANS["full"])
     assert "resumed" not in sentences.gaps(load(tmp_path))
