@@ -14,10 +14,8 @@ from lib.report.statistics import LEVEL, Estimate, holm, mean_share, paired_diff
 from lib.settings import INCIDENTAL
 
 # What may differ between the runs of one study: what the study varies, what no number hangs on, and what `gaps` says.
-OWN_PARAMETERS = {"n", "filtered", "seed", "git_dirty", "sleep", "reserved"} | INCIDENTAL - {
-    "train_device",
-    "eval_device",
-}
+OWN_PARAMETERS = {"n", "filtered", "seed", "git_dirty"} | INCIDENTAL - {"train_device", "eval_device"}
+NESTED = {"versions", "memory", "sleep", "reserved"}  # parts of the environment, and what in them changes no number
 SHARES = {"accuracy": "correct", "format_rate": "format", "lenient_accuracy": "lenient"}  # a line's key: a record's
 MEASURED = ["examples_seen", "n", *VERDICTS, *SHARES, "mean_tokens"]
 FILTER_PAIRS = (("full", "filtered"), ("full", "control"), ("control", "filtered"))
@@ -191,18 +189,13 @@ def settings_by_run(study: Study) -> pd.DataFrame:
     a machine's GPUs a run had, as runs side by side take turns, and epochs where they differ to match steps."""
     columns = {}
     for run in study.finished:
-        plain = {name: value for name, value in run.environment.items() if name not in ("versions", "memory")}
-        settings = {
-            **plain,
-            **run.environment.get("versions", {}),
-            **run.parameters,
-            **run.environment.get("memory", {}),
-        }
+        environment = run.environment
+        settings = environment | environment.get("versions", {}) | run.parameters | environment.get("memory", {})
         columns[run.name] = {name: shown_path(value) for name, value in settings.items()}
     table = pd.DataFrame(columns, dtype=object).map(str)
     devices = table.index.intersection(["train_device", "eval_device"])
     table.loc[devices] = table.loc[devices].map(lambda device: device.partition(":")[0])
-    unlisted = OWN_PARAMETERS | ({"epochs"} if steps_matched(study) else set())
+    unlisted = OWN_PARAMETERS | NESTED | ({"epochs"} if steps_matched(study) else set())
     return table.drop(index=unlisted, errors="ignore")
 
 
