@@ -41,7 +41,7 @@ def title(study: Study, note: str | None = None) -> str:
         "and does it help to keep only the traces whose answer is correct?"
     )
     cards = [first_paragraph(absolute(folder) / "README.md") for folder in (*models, study.folder)]
-    if study.profile == "math" and published(study).empty:
+    if study.profile == "math" and published(study).empty and not any("Qwen2.5-Math-1.5B" in card for card in cards):
         cards.append("*The assignment's model, Qwen2.5-Math-1.5B, is another one: its own numbers will differ.*")
     heading = "# What does supervised fine-tuning gain from more, or better, reasoning traces?"
     return "\n\n".join(part for part in (heading, question, *cards, note) if part)

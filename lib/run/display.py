@@ -20,6 +20,11 @@ SHARES = {"accuracy": "accuracy", "accuracy_low": "95 % from", "accuracy_high": 
 SHARES |= {"lenient_accuracy": "lenient"}
 COLUMNS = {"train_step": "step", "n": "problems", "decoding": "decoding", "samples": "samples"} | SHARES | VERDICT_WORDS
 COLUMNS |= {"undecided": "undecided", "failed": "failed", "mean_tokens": "tokens (mean)"}
+# A token of the prompt is <i>, one of the response <b>.
+MARKS = (
+    "<style>.trace {font-family: monospace} .trace * {font: inherit; border-right: 1px solid #fff}"
+    " .trace i {color: #888} .trace b {background: #cfe3f5}</style>"
+)
 SHARE_OF_TIME = 0.01  # that drawing may take: training waits for it
 
 
@@ -52,10 +57,9 @@ def marked_trace(run: Run, batch: dict) -> HTML:
     spans = []
     for token, learned in zip(sequence.token_ids[1:], mask, strict=False):  # the mask goes on over the padding
         text = run.tokenizer.decode([token]).replace("\n", "⏎") if _is_generated(run) else "▪"
-        colours = "background:#cfe3f5" if learned else "color:#888"
-        spans.append(f"<span style='{colours};border-right:1px solid #fff'>{html.escape(text)}</span>")
+        spans.append(f"<{'b' if learned else 'i'}>{html.escape(text)}</{'b' if learned else 'i'}>")
     counts = f"{sequence.prompt_length} tokens of the prompt (grey), {sequence.response_length} of the response (blue)"
-    return HTML(f"<p>{sequence.id}: {counts}.</p><p style='font-family:monospace'>{''.join(spans)}</p>")
+    return HTML(f"{MARKS}<p>{sequence.id}: {counts}.</p><p class='trace'>{''.join(spans)}</p>")
 
 
 def _is_generated(run: Run) -> bool:

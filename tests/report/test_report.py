@@ -550,6 +550,8 @@ def test_the_model_is_said_by_its_card_and_by_the_users_words(tmp_path, study):
         "\n\n**What it is.** A coder model, from 4 bits.\n\nMade at night.\n\n" in words and "More of it" not in words
     )
     assert "Qwen2.5-Math-1.5B, is another one: its own numbers will differ" in words and words.endswith("\n\nA note.")
+    (tmp_path / "runs/README.md").write_text("A relative of Qwen2.5-Math-1.5B.\n")
+    assert sentences.title(real).count("Qwen2.5-Math-1.5B") == 1  # said by the user's words
     assert "A base language model of 5,118,208 parameters" in sentences.title(study)
     assert "Qwen2.5-Math-1.5B" not in sentences.title(study)
 

@@ -34,9 +34,9 @@ def shown_trace(data_dir: str) -> str:
 def test_a_trace_is_marked_by_its_mask_and_shown_only_where_the_data_are_ours():
     own = shown_trace(PROFILES["mini"]["data_dir"])
     assert "sft/7: 2 tokens of the prompt (grey), 2 of the response (blue)" in own
-    grey, first, last = own.split("<span ")[1:]  # three labels: the last prompt token's is the first to be learned
-    assert "color:#888" in grey and "&lt;6&gt;⏎" in grey
-    assert "#cfe3f5" in first and "&lt;7&gt;⏎" in first and "#cfe3f5" in last and "&lt;8&gt;⏎" in last
+    # Three labels: the last prompt token's is the first to be learned.
+    assert "<p class='trace'><i>&lt;6&gt;⏎</i><b>&lt;7&gt;⏎</b><b>&lt;8&gt;⏎</b></p>" in own
+    assert ".trace i {color: #888}" in own and ".trace b {background: #cfe3f5}" in own
     foreign = shown_trace("/data/MATH")
     assert "&lt;" not in foreign and foreign.count("▪") == 3
 
