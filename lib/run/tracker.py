@@ -41,8 +41,7 @@ class Tracker:
         self.wandb = WandbCopy(config.wandb_mode, self.run_dir, wandb_id, config.wandb_project, shown)
 
     def log_train(self, metrics: dict) -> None:
-        """Append one optimizer step to `metrics.jsonl` and wandb's train/*, with seven digits: what a float32 holds."""
-        metrics |= {name: float(f"{value:.7g}") for name, value in metrics.items() if isinstance(value, float)}
+        """Append one optimizer step to `metrics.jsonl` and wandb's train/*."""
         append_lines(self.run_dir / "metrics.jsonl", [metrics])
         self.metrics.append(metrics)
         self.wandb.log({name if name == "train_step" else f"train/{name}": value for name, value in metrics.items()})

@@ -2,7 +2,6 @@
 
 import json
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -39,11 +38,3 @@ def test_an_unfinished_last_line_is_left_out_and_a_broken_one_is_said(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not valid JSON"):
         read_lines(path)
     assert read_lines(tmp_path / "none.jsonl") == []
-
-
-def test_a_steps_numbers_have_seven_digits(tmp_path):
-    config = SimpleNamespace(run_dir=tmp_path / "run", wandb_mode="disabled", wandb_project="x", to_dict=dict)
-    tracker = tracking.Tracker(config, {}, {})
-    tracker.log_train({"train_step": 1, "loss": 9.120062828063965, "learning_rate": 1e-05, "tokens": 123456789})
-    expected = {"train_step": 1, "loss": 9.120063, "learning_rate": 1e-05, "tokens": 123456789}
-    assert tracker.metrics == read_lines(tmp_path / "run/metrics.jsonl") == [expected]
