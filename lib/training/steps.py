@@ -109,7 +109,7 @@ class Step:
     def metrics(self) -> dict:
         """The line of `metrics.jsonl`, once the optimizer has stepped; `grad_norm` is that before clipping.
 
-        Seven digits a number: what a float32 holds.
+        Nine digits a number: what a float32 holds.
         """
         self.ended = time.perf_counter()
         seconds, tokens = self.ended - self.started, sum(len(s.token_ids) for s in self.batch)
@@ -125,7 +125,7 @@ class Step:
             "seconds": seconds,
             **self.counts,
         }
-        return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in found.items()}
+        return {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in found.items()}
 
 
 def steps(batches, settings: Optimization, n_examples: int, done: int = 0, cut=make_microbatches) -> Iterator[Step]:
