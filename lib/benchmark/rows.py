@@ -96,9 +96,9 @@ def free_memory() -> None:
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """The latest row of each variant."""
+    """The latest row of each variant, at real lengths with and without training."""
     rows = (row for part in VARIANTS for row in read_lines(folder / f"{part}.jsonl"))
-    return list({(row["part"], row["variant"]): row for row in rows}.values())
+    return list({(row["part"], row["variant"], row.get("trained", False)): row for row in rows}.values())
 
 
 def plain(text: str) -> str:

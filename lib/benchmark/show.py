@@ -7,7 +7,7 @@ import pandas as pd
 
 from lib.benchmark import rows as names
 
-WHO = {"ours": "ours", "memory": "ours, limited", "trl": "TRL"}
+WHO = {"ours": "ours", "memory": "ours, limited", "trl": "TRL", "lengths": "untrained"}
 # Columns of the tables: key of a row, heading, how its numbers are written.
 COLUMNS = {
     "problems": ("problems", ",.0f"),
@@ -57,7 +57,8 @@ def tabulate(rows: list[dict], *parts: str) -> pd.DataFrame:
     """A line a variant; one that failed says why, and a column that no variant fills is left out."""
     lines = []
     for row in (row for row in rows if row["part"] in parts):
-        line = {"": WHO.get(row["part"], ""), "variant": row["variant"]}
+        who = "trained" if row.get("trained") else WHO.get(row["part"], "")
+        line = {"": who, "variant": row["variant"]}
         line |= {heading: write(row[key], form) for key, (heading, form) in COLUMNS.items() if key in row}
         lines.append(line | ({"failed": row["error"]} if "error" in row else {"device": row["device"]}))
     order = ["", "variant", *(heading for heading, _ in COLUMNS.values()), "device", "failed"]

@@ -23,6 +23,7 @@ GRADIENT_BYTES = 4  # of them, which are free between steps
 ASLEEP = 2 * GIB  # what an engine that sleeps keeps, at most: CUDA, its graphs and buffers
 LEAST_TOKENS = 2048  # in a forward pass, before a smaller one is not worth trying
 LOGITS_BYTES = 2 * GIB  # of a policy that takes its logits part by part, and CUDA itself
+SENDING = GIB // 2  # beside an engine that wakes: without it a card of 24.0 GB was filled to 24.2
 CARD_GB = "SFT_CARD_GB"  # variable of the environment: every GPU counts as one of so many GB, to try smaller cards
 
 
@@ -128,7 +129,7 @@ def plan_savings(
         policy = policy_bytes(shape, tokens, BYTES[chosen], again)
         if policy + (ASLEEP if sleep else engine) <= total:
             break
-    idle = shape.parameters * (BYTES[chosen] - GRADIENT_BYTES) + LOGITS_BYTES
+    idle = shape.parameters * (BYTES[chosen] - GRADIENT_BYTES) + LOGITS_BYTES + SENDING
     return Savings(chosen, again, sleep, tokens, idle if sleep else policy)
 
 

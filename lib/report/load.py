@@ -78,6 +78,7 @@ def load(runs_dir) -> Study:
         raise UserError(f"runs_dir: {shown_path(folder)} holds no run that is finished{found}")
     filtered = {run.data.get("selected") for run in runs if run.size == "filtered"}
     runs = [replace(run, size="control") if is_control(run, filtered) else run for run in runs]
+    runs = with_one_place(runs, folder)
     runs.sort(key=claim)
     stands = {(run.size, run.seed): run for run in reversed(runs)}  # the run with the best claim is the last to be set
     doubles = [(r.name, stands[r.size, r.seed].name) for r in runs if r is not stands[r.size, r.seed]]
@@ -119,6 +120,21 @@ def size_of(parameters: dict) -> str:
 def is_control(run: RunFolder, filtered: set) -> bool:
     """Whether a run is the filter's control: a random subset with as many traces as a filtered set."""
     return run.size not in SIZES and not run.parameters.get("filtered") and run.parameters.get("n") in filtered
+
+
+def with_one_place(runs: list[RunFolder], folder: Path) -> list[RunFolder]:
+    """The same runs with one path for `model` and `data_dir`: each machine may have them in a place of its own. Every
+    finished run has used or measured a base, so the bases of the study prove whether weights and problems are the same.
+    """
+    bases = [read_json(path) for path in folder.glob("base-*/settings.json")]
+    if len({(base.get("weights"), base.get("problems")) for base in bases}) != 1:
+        return runs
+    moved, first = [], next(run.parameters for run in runs if run.status == "finished")
+    for run in runs:
+        found = {name: run.parameters.get(name) for name in ("model", "data_dir")}
+        same = {name: first[name] for name, path in found.items() if path and Path(path).name == Path(first[name]).name}
+        moved.append(replace(run, parameters=run.parameters | same))
+    return moved
 
 
 def claim(run: RunFolder) -> tuple:

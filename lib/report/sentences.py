@@ -160,11 +160,16 @@ def gaps(study: Study) -> str:
     )
 
 
+MOST_NAMED = 6  # runs with the most frequent value of a setting: more of them are counted
+
+
 def differing_settings(study: Study) -> list[str]:
     """Settings, versions and machines that the finished runs don't share, and uncommitted code."""
     table, lines = numbers.settings_by_run(study), []
     for name, texts in table[table.nunique(axis=1) > 1].iterrows():
         runs = {value: listed(texts.index[texts == value]) for value in texts.unique()}
+        most, number = texts.mode()[0], texts.value_counts().max()
+        runs |= {most: f"the other {number} runs"} if number > MOST_NAMED else {}
         values = "; ".join(f"{value[: 10 if name == 'git_commit' else None]} ({runs[value]})" for value in runs)
         lines.append(f"**Runs differ** in `{name}`: {values}.")
     dirty = [run.name for run in study.finished if run.environment.get("git_dirty")]

@@ -159,7 +159,8 @@ def trend(cells: pd.DataFrame) -> Estimate | None:
     """Logarithm of the factor by which a doubling of n multiplies the odds of a right answer; None where no model fits.
 
     `cells`: columns n, run, problem, correct (a share). Logistic regression on log2 n over all sizes; errors clustered
-    by run and by problem (Cameron, Gelbach and Miller, 2011), t with the number of runs minus 2.
+    by run and by problem (Cameron, Gelbach and Miller, 2011), t with the number of runs minus 2. With few runs this
+    variance may come out too small, or negative: it counts for no less than with clusters of one kind alone.
     """
     runs = cells["run"].nunique()
     if cells["n"].nunique() < 3 or runs < 4 or not 0 < cells["correct"].mean() < 1:
@@ -167,7 +168,8 @@ def trend(cells: pd.DataFrame) -> Estimate | None:
     groups = cells[["run", "problem"]].apply(lambda names: pd.factorize(names)[0]).to_numpy()
     design = sm.add_constant(np.log2(cells["n"].to_numpy(float)))
     model = sm.GLM(cells["correct"].to_numpy(), design, family=sm.families.Binomial())
-    fit = model.fit(cov_type="cluster", cov_kwds={"groups": groups})
-    value, error = float(fit.params[1]), float(fit.bse[1])
+    kinds = (groups, groups[:, 0], groups[:, 1])
+    fits = [model.fit(cov_type="cluster", cov_kwds={"groups": kind}) for kind in kinds]
+    value, error = float(fits[0].params[1]), float(np.sqrt(max(fit.cov_params()[1, 1] for fit in fits)))
     reach = t.ppf(1 - LEVEL / 2, runs - 2) * error
     return Estimate(value, value - reach, value + reach, error, runs - 2, float(2 * t.sf(abs(value) / error, runs - 2)))

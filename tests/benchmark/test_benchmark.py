@@ -242,6 +242,10 @@ def test_the_latest_row_of_a_variant_counts(tmp_path):
     append_lines(tmp_path / "trl.jsonl", [trained("trl", FAST, 1.0), trained("trl", SLOW, 2.0)])
     append_lines(tmp_path / "trl.jsonl", [trained("trl", FAST, 3.0)])
     assert {row["variant"]: row["tokens_per_second"] for row in rows.read_rows(tmp_path)} == {FAST: 3.0, SLOW: 2.0}
+    both = [{"part": "lengths", "variant": rows.LENGTHS[0]} | extra for extra in ({}, {"trained": True})]
+    append_lines(tmp_path / "lengths.jsonl", both)
+    shown = show.tabulate([row | {"device": "a GPU"} for row in rows.read_rows(tmp_path)], "lengths")
+    assert shown[""].tolist() == ["untrained", "trained"], "answers of a base are longer: not the same variant"
 
 
 def test_nothing_measured_is_nothing_shown():

@@ -659,6 +659,32 @@ def test_a_setting_that_differs_is_named_with_its_values(tmp_path):
     assert "`n`" not in said and "`filtered`" not in said and "`keep_" not in said, "no number hangs on those"
 
 
+def test_the_same_model_and_data_in_another_place_are_no_difference(tmp_path):
+    """Two machines keep them in folders of their own; what was measured of the base proves them the same, or not."""
+    elsewhere = {"model": "../elsewhere/qwen-coder", "data_dir": "../elsewhere/MATH"}
+    here = {"model": ".data/qwen-coder", "data_dir": ".data/MATH"}
+    fabricate(tmp_path, {"full": Plan(0.8, 0.6, parameters=here), "n128": Plan(0.5, 0.5, parameters=elsewhere)})
+    assert "`model`" in sentences.gaps(load(tmp_path)), "nothing proves them the same"
+    for name, weights in (("base-0123456789ab", "a"), ("base-0123456789cd", "a"), ("base-0123456789ef", "b")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_json(tmp_path / name / "settings.json", {"weights": weights, "problems": "p"})
+        said = sentences.gaps(load(tmp_path))
+        assert ("`model`" in said and "`data_dir`" in said) == (weights == "b")
+    assert "(`…/qwen-coder` and `.data/qwen-coder`)" in sentences.title(load(tmp_path))
+    shutil.rmtree(tmp_path / "base-0123456789ef")
+    assert "(`.data/qwen-coder`)" in sentences.title(load(tmp_path))
+    config = json.loads((tmp_path / "n128/config.json").read_text())
+    config["parameters"]["model"] = "../elsewhere/llama"
+    write_json(tmp_path / "n128/config.json", config)
+    assert "`model`" in sentences.gaps(load(tmp_path)), "another name"
+
+
+def test_a_value_that_many_runs_share_is_counted(tmp_path):
+    plans = {size: Plan(0.5, 0.5, parameters={"warmup_ratio": 0.1 if size == "n128" else 0.5}) for size in PLANS}
+    study = load(fabricate(tmp_path, plans, seeds=(0, 1)))
+    assert "`warmup_ratio`: 0.1 (n128 and n128-seed1); 0.5 (the other 10 runs)" in sentences.gaps(study)
+
+
 def test_which_gpu_a_run_had_is_no_difference_but_a_gpu_and_a_cpu_are(tmp_path):
     devices = {"n128": ("cuda:0", "cuda:1"), "n256": ("cuda:1", "cuda:0"), "full": ("cpu", "cpu")}
     for size, (train, evaluate) in devices.items():

@@ -274,6 +274,16 @@ def test_the_trend_over_n_is_found_with_its_sign_and_not_where_there_is_none():
     assert statistics.trend(runs_over_n(chance, 0.0, 0.0).assign(correct=0.0)) is None
 
 
+def test_the_trend_of_one_seed_has_an_interval_where_the_variance_of_both_kinds_of_clusters_is_negative():
+    """Few runs on one line, and the same problems solved by all: what both kinds share is more than either has."""
+    found = []
+    for chance in map(np.random.default_rng, range(40)):
+        cells = runs_over_n(chance, 0.0, 0.0)
+        found.append(statistics.trend(cells[cells["run"].str.endswith("-0")]))
+    assert all(one.low < one.value < one.high and 0 < one.p <= 1 for one in found)
+    assert np.mean([one.low < 0 < one.high for one in found]) >= 0.93
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_where_nothing_differs_the_number_of_problems_bounds_the_difference(seeds):
     """0 of 120 right twice is no proof of a difference below 2 points; 0 of 1000 is."""
