@@ -1,8 +1,14 @@
-"""Where an engine's seconds go, step by step; runs in the engine's process, through vLLM's `apply_model`."""
+"""Where the seconds go: an engine's, step by step, and a training step's, kernel by kernel.
+
+The engine's part runs in its process, through vLLM's `apply_model`.
+"""
 
 import gc
 import time
 from collections import defaultdict
+from collections.abc import Callable
+
+import torch
 
 # What is timed: a step schedules, launches kernels, waits for the GPU's tokens, and turns them into text.
 TIMED = ("schedule", "update_from_output", "execute_model", "sample_tokens", "result", "process_outputs")
@@ -65,3 +71,34 @@ def split_phases(steps: list[dict]) -> dict[str, dict]:
             counts = {"steps": len(part), "mixed": mixed, "requests": requests}
             phases[name] = {"seconds": end["at"] - begin["at"], **counts, **spent}
     return phases
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+# What a kernel computes (on a CPU: an operator), by a part of its name. The first that fits counts: attention's kernels
+# name CUTLASS, too.
+KERNELS = {
+    "attention": ("flash", "fmha", "attention"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "::mm", "::addmm", "::bmm"),
+    "optimizer and norm": ("adam", "lpnorm", "multi_tensor", "foreach"),
+    "compiled layers and loss": ("triton", "graph_"),
+    "copies": ("memcpy", "memset", "copy"),
+}
+
+
+def profile_kernels(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds of the device by what its kernels compute while `run` runs, and those in which it had nothing to do."""
+    on_gpu = torch.cuda.is_available()
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as found:
+        begin = time.perf_counter()
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        whole = time.perf_counter() - begin
+    sums = dict.fromkeys((*KERNELS, "other"), 0.0)
+    for event in found.key_averages():
+        kinds = (kind for kind, parts in KERNELS.items() if any(part in event.key.lower() for part in parts))
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        sums[next(kinds, "other")] += spent / 1e6
+    return sums | {"idle": whole - sum(sums.values())}

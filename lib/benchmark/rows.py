@@ -13,6 +13,7 @@ from lib.environment import device_name, versions
 from lib.files import append_lines, first_line, read_lines
 
 NAIVE, NO_SHARING, FULL = "padded, full logits", "packed, compiled", "packed, compiled, preamble once"
+PROFILED = "packed, compiled, profiled"
 # TRL 1.16 projects onto the vocabulary at labelled tokens only, in fused chunks; Liger replaces norms, MLP and rotary
 # embeddings in transformers' module, so it comes after what does without.
 TRL = {"padding-free, layers compiled": False, "padding-free, Liger": True}
@@ -39,7 +40,7 @@ LENGTHS = [
     f"{THREE}, core apart: {SAMPLED}",  # the last: its memory comes back late
 ]
 VARIANTS = {
-    "ours": [NAIVE, FULL, NO_SHARING],
+    "ours": [NAIVE, FULL, NO_SHARING, PROFILED],
     "memory": list(MEMORY),
     "trl": list(TRL),
     "evaluation": [VLLM, GENERATE],

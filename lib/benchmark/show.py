@@ -49,6 +49,13 @@ def tabulate_phases(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(phases).rename(columns=PHASES).round(1)
 
 
+def tabulate_kernels(rows: list[dict]) -> pd.DataFrame:
+    """Where the seconds of a training step go, by kind of kernel, with its share; idle: the GPU had nothing to do."""
+    spent = next((row["kernels"] for row in rows if "kernels" in row), {})
+    lines = [(kind, write(found, ".3f"), write(found / sum(spent.values()), ".1%")) for kind, found in spent.items()]
+    return pd.DataFrame(lines, columns=["kernels", "s a step", "share"])
+
+
 def write(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form).replace("%", " %" if form else "%")
 

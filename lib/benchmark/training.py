@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AttentionInterface, AutoModelForCausalLM, TrainerCallback
 
 from lib.benchmark import rows
+from lib.benchmark.profile import profile_kernels
 from lib.benchmark.rows import Settings, attempt, free_memory
 from lib.data import distinct, load_examples
 from lib.environment import device_name
@@ -88,6 +89,18 @@ def packed_row(model: torch.nn.Module, batches: Batches, settings: Settings, sha
     return summarize_steps(list(steps), batches, model, settings)
 
 
+def profiled_row(model: torch.nn.Module, batches: Batches, settings: Settings) -> dict:
+    """The row without the preamble's sharing, and after it, compiled and warm, the seconds of a step by kind of kernel.
+
+    `product_flops`: model FLOPs a second of the time in matrix products and attention alone.
+    """
+    row = packed_row(model, batches, settings, share_prefix=False)
+    kernels = profile_kernels(lambda: packed_row(model, batches, settings, share_prefix=False))
+    flops = sum(example_flops(model, [len(sequence.token_ids) for sequence in batch]) for batch in batches)
+    row["kernels"] = {kind: seconds / len(batches) for kind, seconds in kernels.items()}
+    return row | {"product_flops": flops / (kernels["matrix products"] + kernels["attention"])}
+
+
 def naive_row(model: torch.nn.Module, batches: Batches, settings: Settings, size: int) -> dict:
     """The course's functions in a plain loop: padded microbatches of `size`, logits of every token."""
     optimizer, steps = make_optimizer(model), []
@@ -126,6 +139,7 @@ def measure_ours(settings: Settings) -> None:
         rows.NAIVE: lambda: fitting((8, 4, 2), partial(reset, naive_row)),
         rows.FULL: lambda: reset(packed_row, True),
         rows.NO_SHARING: lambda: reset(packed_row, False),
+        rows.PROFILED: lambda: reset(profiled_row),
     }
     for variant in settings.variants:
         with torch.compiler.set_stance("force_eager" if variant == rows.NAIVE else "default"):

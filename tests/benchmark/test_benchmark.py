@@ -71,6 +71,11 @@ def test_variants_of_training_train_on_the_same_batches_to_the_same_loss(data_di
     assert all(row["mean_loss"] == pytest.approx(found[rows.FULL]["mean_loss"], rel=0.002) for row in found.values())
     assert found[rows.NAIVE]["examples_at_once"] == 8 and len(found[rows.FULL]["step_seconds"]) == 3
     assert all(row["tokens_per_second"] > 0 and row["versions"]["torch"] for row in found.values())
+    kernels = found[rows.PROFILED]["kernels"]
+    assert kernels["matrix products"] > 0 and kernels["other"] >= 0 and kernels["idle"] > 0
+    assert sum(kernels.values()) == pytest.approx(found[rows.PROFILED]["step_seconds"][-1], rel=3)
+    shown = show.tabulate_kernels(list(found.values())).set_index("kernels")["share"]
+    assert sum(float(share.removesuffix(" %")) for share in shown) == pytest.approx(100, abs=0.5)
 
 
 def test_a_step_is_timed_over_its_own_tokens_after_the_warm_up(data_dir, tiny_model, tmp_path):
