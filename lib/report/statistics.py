@@ -60,7 +60,7 @@ def estimate(*arms: np.ndarray) -> Estimate:
     """
     problems = arms[0].shape[1]
     by_problem = sum(arm.mean(axis=0) for arm in arms)  # (P,)
-    problem_part = by_problem.var(ddof=1) / problems if problems > 1 else np.nan
+    problem_part = by_problem.var(ddof=1) / problems if problems > 1 else 0.0
     spreads = [spread_of_seeds(arm) for arm in arms if len(arm) > 1]
     between, within = np.mean(spreads, axis=0) if spreads else (0.0, 0.0)
     both = [spread_of_seeds(arm) if len(arm) > 1 else (between, within) for arm in arms]
@@ -68,11 +68,12 @@ def estimate(*arms: np.ndarray) -> Estimate:
     seed_part = max(observed - expected, 0.0)
     variance = problem_part + seed_part
     value = round(float(by_problem.mean()), DIGITS)
-    if variance < 10.0**-DIGITS / problems:
+    if problems == 1 or variance < 10.0**-DIGITS / problems:
         # No two problems differ: what occurred in none of n occurs in at most 3.7 / n of all (Clopper and Pearson).
-        reach = round(float(proportion_confint(0, problems, method="beta")[1]), DIGITS)
+        reach = round(float(proportion_confint(0, problems, method="beta")[1]), DIGITS) if problems > 1 else 1.0
         error = reach / float(norm.ppf(1 - LEVEL / 2))
-        return Estimate(value, value - reach, value + reach, error, np.inf, float(value == 0), np.nan)
+        p = float(2 * norm.sf(abs(value) / error)) if problems > 1 else 1.0
+        return Estimate(value, value - reach, value + reach, error, np.inf, p, np.nan)
     freedom_of_seeds = sum(len(arm) - 1 for arm in arms)
     uncertain = problem_part**2 / (problems - 1) + (observed**2 / freedom_of_seeds if spreads else 0.0)
     freedom, error = variance**2 / uncertain, float(np.sqrt(variance))
@@ -87,7 +88,7 @@ def spread_of_seeds(arm: np.ndarray) -> tuple[float, float]:
     seeds, problems = arm.shape
     means = arm.mean(axis=1)
     rest = arm - means[:, None] - arm.mean(axis=0) + arm.mean()
-    return float(means.var(ddof=1)), float((rest**2).sum() / ((seeds - 1) * (problems - 1)) / problems)
+    return float(means.var(ddof=1)), float((rest**2).sum() / ((seeds - 1) * max(problems - 1, 1)) / problems)
 
 
 def mean_share(cells: np.ndarray) -> Estimate:
@@ -123,7 +124,7 @@ def exact_test(first: np.ndarray, second: np.ndarray) -> float:
     """Two-sided p of two runs on the same problems (P,): exact McNemar's where a cell is one answer; otherwise every
     problem's difference changes its sign by chance (10,000 times, or all cases where they are fewer)."""
     differences = np.round((second - first)[second != first], DIGITS)
-    if not len(differences):
+    if len(differences) < 2:  # one sign is as likely as the other
         return 1.0
     if set(np.abs(differences)) == {1.0}:
         return float(binomtest(int((differences > 0).sum()), len(differences), 0.5).pvalue)
@@ -163,7 +164,7 @@ def trend(cells: pd.DataFrame) -> Estimate | None:
     variance may come out too small, or negative: it counts for no less than with clusters of one kind alone.
     """
     runs = cells["run"].nunique()
-    if cells["n"].nunique() < 3 or runs < 4 or not 0 < cells["correct"].mean() < 1:
+    if cells["n"].nunique() < 3 or min(runs - 2, cells["problem"].nunique()) < 2 or not 0 < cells["correct"].mean() < 1:
         return None
     groups = cells[["run", "problem"]].apply(lambda names: pd.factorize(names)[0]).to_numpy()
     design = sm.add_constant(np.log2(cells["n"].to_numpy(float)))

@@ -229,6 +229,17 @@ def test_the_parts_and_their_errors_are_those_of_a_bootstrap():
     assert (form.low, form.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.004)
 
 
+def test_one_problem_says_next_to_nothing_and_breaks_nothing():
+    for cells in (np.ones((1, 1)), np.zeros((1, 1)), np.array([[1.0], [0.0], [1.0]]), np.full((2, 1), 0.25)):
+        share, change = statistics.mean_share(cells), paired_difference(cells, 1 - cells)
+        assert 0 <= share.low <= share.value <= share.high <= 1 and share.high - share.low > 0.7
+        assert change.low <= 0 <= change.high and change.p > 0.05
+    assert statistics.trend(runs_over_n(np.random.default_rng(0), 0.4, 0.0).query("problem == 0")) is None
+    nearly = np.full((1, 50), 0.5)
+    nearly[0, 7] = 0.75
+    assert paired_difference(np.full((1, 50), 0.5), nearly).p == 1, "a single problem differs, by a sample of four"
+
+
 # --- No difference, power, families, trend -------------------------------------------------------------------------
 
 
