@@ -104,9 +104,23 @@ def read_run(folder: Path) -> RunFolder:
     status = "finished" if is_finished(folder) else "failed" if failed else "unfinished"
     reason = first_line(f"{failed.get('type', 'Error')}: {failed.get('error', '')}") if status == "failed" else ""
     reason = reason.replace(f"{PROJECT_ROOT}/", "")
+    if status == "finished" and (lacking := missing_lines(folder)):
+        status, reason = "failed", f"{lacking} of the finished run is missing"
     size = size_of(parameters) if parameters else folder.name.partition("-seed")[0]
     parts = (parameters, config.get("environment", {}), config.get("data", {}), summary)
     return RunFolder(folder.name, size, parameters.get("seed", 0), status, reason, folder, *parts)
+
+
+def missing_lines(folder: Path) -> str:
+    """What a finished run ought to have and lacks: it was copied in part, or answers of its last evaluation failed."""
+    if not read_lines(folder / "metrics.jsonl"):
+        return "metrics.jsonl"
+    ends = (line for line in read_lines(folder / "evaluations.jsonl") if line["train_step"] and line["split"] == "full")
+    return "" if any(is_whole(line) for line in ends) else "the last evaluation, or a part of it,"
+
+
+def is_whole(line: dict) -> bool:
+    return sum(line[verdict] for verdict in VERDICTS) == line["n"] * line.get("samples", 1)
 
 
 def size_of(parameters: dict) -> str:

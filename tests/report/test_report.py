@@ -651,6 +651,33 @@ def test_missing_failed_and_unfinished_runs_are_named_and_not_counted(tmp_path):
     assert "no finished run for the filtered set" in sentences.finding(study)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
+def test_a_finished_run_that_was_copied_in_part_is_named_and_not_counted(tmp_path, name):
+    fabricate(tmp_path, {size: PLANS[size] for size in ("n128", "n256", "full")})
+    (tmp_path / "full" / name).unlink()
+    (tmp_path / "n256" / name).write_text("")
+    study = load(tmp_path)
+    assert study.sizes == ["n128"] and sentences.finding(study)
+    assert sentences.gaps(study).count("of the finished run is missing") == 2
+    (tmp_path / "n128" / name).unlink()
+    with pytest.raises(UserError, match=r"no run that is finished: .*n128 failed \(.* is missing\)"):
+        load(tmp_path)
+
+
+def test_a_run_whose_last_evaluation_lacks_answers_is_named_and_not_counted(tmp_path):
+    fabricate(tmp_path, {size: PLANS[size] for size in ("n128", "full")})
+    path = tmp_path / "full/evaluations.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[-2:]:
+        line["wrong"] -= 1
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    study = load(tmp_path)
+    assert study.sizes == ["n128"] and sentences.finding(study)
+    assert "**full failed**: the last evaluation, or a part of it, of the finished run is missing" in sentences.gaps(
+        study
+    )
+
+
 def test_a_setting_that_differs_is_named_with_its_values(tmp_path):
     own = {"learning_rate": 0.01, "keep_responses": 0, "keep_model": True}
     plans = {"n128": PLANS["n128"], "full": Plan(0.8, 0.6, parameters=own)}
