@@ -79,7 +79,7 @@ def label(value: object, key: str, where: str) -> str | None:
         return None
     if isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or math.isinf(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or value in (math.inf, -math.inf):
         raise UserError(f"{where}: {key!r} must be a text or a number, not {json.dumps(value, default=str)[:40]}")
     return str(int(value)) if value == int(value) else format(Decimal(str(value)), "f")
 

@@ -306,6 +306,7 @@ def test_prose_is_a_text(data_dir, name, key, value):
         ("unique_id", '"a/b"', "a/b"),
         ("unique_id", "null", "validation/1"),
         ("unique_id", "NaN", "validation/1"),
+        ("unique_id", "1" + 400 * "0", "1" + 400 * "0"),
     ],
 )
 def test_labels_are_read_in_their_evident_sense(data_dir, key, value, read):
