@@ -9,7 +9,7 @@ import pandas as pd
 
 from lib.evaluation.verdicts import VERDICTS
 from lib.files import read_json, read_lines
-from lib.report.load import Study, cells, final_lines, records, shown_path
+from lib.report.load import RunFolder, Study, cells, final_lines, records, shown_path
 from lib.report.statistics import LEVEL, Estimate, holm, mean_share, paired_difference, split, trend
 from lib.settings import INCIDENTAL
 
@@ -195,13 +195,13 @@ def settings_by_run(study: Study) -> pd.DataFrame:
     table = pd.DataFrame(columns, dtype=object).map(str)
     devices = table.index.intersection(["train_device", "eval_device"])
     table.loc[devices] = table.loc[devices].map(lambda device: device.partition(":")[0])
-    unlisted = OWN_PARAMETERS | NESTED | ({"epochs"} if steps_matched(study) else set())
+    unlisted = OWN_PARAMETERS | NESTED | ({"epochs"} if steps_matched(study.finished) else set())
     return table.drop(index=unlisted, errors="ignore")
 
 
-def steps_matched(study: Study) -> bool:
-    """Whether all sizes took the same number of optimizer steps, their epochs differing for that reason."""
-    steps = [run.data.get("train_steps") or 0 for run in study.finished]
+def steps_matched(runs: list[RunFolder]) -> bool:
+    """Whether all runs took the same number of optimizer steps, or nearly so; their epochs differ for that reason."""
+    steps = [run.data.get("train_steps") or 0 for run in runs]
     return len(steps) > 1 and min(steps) > 0 and max(steps) <= 1.05 * min(steps)
 
 

@@ -122,7 +122,23 @@ def caution(study: Study) -> str:
             "problems with Satterthwaite's degrees of freedom."
         )
         text += " Where a size has one seed, its interval lacks the part of training." if seeds[0] == 1 else ""
-    return f"*{text} A difference is clear where p, adjusted for its family of comparisons (Holm), is below 5 %.*"
+    text += " A difference is clear where p, adjusted for its family of comparisons (Holm), is below 5 %."
+    return f"*{text}{steps_words(study)}*"
+
+
+def steps_words(study: Study) -> str:
+    """Whether the number of traces and the length of training are one thing; nothing with one size."""
+    runs = [study.of_size(size)[0] for size in study.unfiltered]
+    steps = [run.data.get("train_steps") or 0 for run in runs]
+    if len(steps) < 2 or not all(steps):
+        return ""
+    if numbers.steps_matched(runs):
+        return f" Every set is trained for {max(steps)} optimizer steps, or nearly so, and so for unequal epochs."
+    few, many = (f"{steps[i]} optimizer steps ({named(runs[i].size)})" for i in (0, -1))
+    return (
+        f" Sets differ in the length of training, too, from {few} to {many}: what more traces gain is in part what "
+        "more steps gain. `--match steps` tells the two apart."
+    )
 
 
 # --- What is missing or differs ------------------------------------------------------------------------------------

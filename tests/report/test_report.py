@@ -278,6 +278,8 @@ def test_every_number_of_the_first_screen_is_recomputed_from_the_records(many):
     rest = tables.signed(right[1] - right[0] - form)
     known.append(f"form accounts for {tables.signed(form)} points of it, correctness within the form for {rest}.")
     known.append("Keeping only the correct 1370 of 1707 traces")
+    few, most = (len((many.folder / name / "metrics.jsonl").read_text().splitlines()) for name in ("n128", "full"))
+    known.append(f"from {few} optimizer steps (n\u00a0=\u00a0128) to {most} optimizer steps (the full set)")
     words = f"{sentences.finding(many)} {sentences.caution(many)}"
     for part in [*known, "Means over 3 seeds", "is below 5 %."]:
         assert part in words
@@ -578,12 +580,18 @@ def test_a_target_that_is_missed_is_said_with_the_best_number(tmp_path):
 def test_matched_steps_are_read_as_such(tmp_path):
     fabricate(tmp_path, {"n128": PLANS["n128"], "full": PLANS["full"]})
     assert "**Runs differ** in" not in sentences.gaps(load(tmp_path))
+    steps = [load(tmp_path).of_size(size)[0].data["train_steps"] for size in ("n128", "full")]
+    said = sentences.caution(load(tmp_path))
+    assert (
+        steps[0] < steps[1] and f"from {steps[0]} optimizer steps (n\u00a0=\u00a0128) to {steps[1]} optimizer" in said
+    )
     for size, epochs in (("n128", 40.5), ("full", 3)):
         config = json.loads((tmp_path / size / "config.json").read_text())
         config["data"]["train_steps"] = 162
         config["parameters"]["epochs"] = epochs
         write_json(tmp_path / size / "config.json", config)
     assert "epochs" not in sentences.gaps(load(tmp_path)), "epochs differ on purpose there"
+    assert "Every set is trained for 162 optimizer steps" in sentences.caution(load(tmp_path))
     write_json(tmp_path / "full/config.json", config | {"data": config["data"] | {"train_steps": 100}})
     assert "**Runs differ** in `epochs`: 40.5 (n128); 3 (full)" in sentences.gaps(load(tmp_path))
 
