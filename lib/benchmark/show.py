@@ -15,6 +15,7 @@ COLUMNS = {
     "problems_per_second": ("problems/s", ",.1f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
     "utilisation": ("utilisation", ".1%"),
+    "product_flops": ("FLOP/s in products", ".2e"),
     "peak_gb": ("peak GB", ",.1f"),
     "card_gb": ("whole card, peak GB", ",.1f"),
     "savings": ("how", ""),

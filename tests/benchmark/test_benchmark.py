@@ -72,6 +72,7 @@ def test_variants_of_training_train_on_the_same_batches_to_the_same_loss(data_di
     assert found[rows.NAIVE]["examples_at_once"] == 8 and len(found[rows.FULL]["step_seconds"]) == 3
     assert all(row["tokens_per_second"] > 0 and row["versions"]["torch"] for row in found.values())
     kernels = found[rows.PROFILED]["kernels"]
+    assert show.tabulate(list(found.values()), "ours")["FLOP/s in products"].iloc[-1].count("e+") == 1
     assert kernels["matrix products"] > 0 and kernels["other"] >= 0 and kernels["idle"] > 0
     assert sum(kernels.values()) == pytest.approx(found[rows.PROFILED]["step_seconds"][-1], rel=3)
     shown = show.tabulate_kernels(list(found.values())).set_index("kernels")["share"]
