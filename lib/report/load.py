@@ -30,6 +30,13 @@ class RunFolder:
     environment: dict
     data: dict
     summary: dict
+    metrics: list[dict]
+    evaluations: list[dict]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all, 0 where they are not known."""
+        return self.data.get("train_steps") or 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +92,11 @@ def load(runs_dir) -> Study:
     runs = sorted(stands.values(), key=place)
     metrics, evaluations = (
         pd.DataFrame(
-            {"run": run.name, "size": run.size, "seed": run.seed, "samples": 1, **row}
-            | {"path": run.folder / row.get("records", "")}
-            for run in runs
-            for row in read_lines(run.folder / name)
+            {"run": run.name, "size": run.size, "seed": run.seed, **line} for run in runs for line in getattr(run, name)
         )
-        for name in ("metrics.jsonl", "evaluations.jsonl")
+        for name in ("metrics", "evaluations")
     )
-    evaluations["graded"] = evaluations[list(VERDICTS)].sum(axis=1)
-    whole = evaluations["graded"] == evaluations["n"] * evaluations["samples"]
+    whole = evaluations["whole"]
     return Study(folder, runs, metrics, evaluations[whole], evaluations[~whole], doubles)
 
 
@@ -104,23 +107,25 @@ def read_run(folder: Path) -> RunFolder:
     status = "finished" if is_finished(folder) else "failed" if failed else "unfinished"
     reason = first_line(f"{failed.get('type', 'Error')}: {failed.get('error', '')}") if status == "failed" else ""
     reason = reason.replace(f"{PROJECT_ROOT}/", "")
-    if status == "finished" and (lacking := missing_lines(folder)):
+    metrics, evaluations = read_lines(folder / "metrics.jsonl"), read_evaluations(folder)
+    # It was copied in part, or answers of its last evaluation failed.
+    ended = any(line["whole"] and line["train_step"] and line["split"] == "full" for line in evaluations)
+    if status == "finished" and not (metrics and ended):
+        lacking = "the last evaluation, or a part of it," if metrics else "metrics.jsonl"
         status, reason = "failed", f"{lacking} of the finished run is missing"
     size = size_of(parameters) if parameters else folder.name.partition("-seed")[0]
-    parts = (parameters, config.get("environment", {}), config.get("data", {}), summary)
+    parts = (parameters, config.get("environment", {}), config.get("data", {}), summary, metrics, evaluations)
     return RunFolder(folder.name, size, parameters.get("seed", 0), status, reason, folder, *parts)
 
 
-def missing_lines(folder: Path) -> str:
-    """What a finished run ought to have and lacks: it was copied in part, or answers of its last evaluation failed."""
-    if not read_lines(folder / "metrics.jsonl"):
-        return "metrics.jsonl"
-    ends = (line for line in read_lines(folder / "evaluations.jsonl") if line["train_step"] and line["split"] == "full")
-    return "" if any(is_whole(line) for line in ends) else "the last evaluation, or a part of it,"
-
-
-def is_whole(line: dict) -> bool:
-    return sum(line[verdict] for verdict in VERDICTS) == line["n"] * line.get("samples", 1)
+def read_evaluations(folder: Path) -> list[dict]:
+    """The lines of `evaluations.jsonl`; `path`: of the records, `whole`: whether every answer has a verdict."""
+    lines = []
+    for line in read_lines(folder / "evaluations.jsonl"):
+        samples, graded = line.get("samples", 1), sum(line.get(verdict, 0) for verdict in VERDICTS)
+        found = {"samples": samples, "graded": graded, "whole": graded == line.get("n", 0) * samples}
+        lines.append(line | found | {"path": folder / line.get("records", "")})
+    return lines
 
 
 def size_of(parameters: dict) -> str:

@@ -201,7 +201,7 @@ def settings_by_run(study: Study) -> pd.DataFrame:
 
 def steps_matched(runs: list[RunFolder]) -> bool:
     """Whether all runs took the same number of optimizer steps, or nearly so; their epochs differ for that reason."""
-    steps = [run.data.get("train_steps") or 0 for run in runs]
+    steps = [run.steps for run in runs]
     return len(steps) > 1 and min(steps) > 0 and max(steps) <= 1.05 * min(steps)
 
 

@@ -23,6 +23,7 @@ DATA = {
     "math": "MATH",
     "mini": "the generated `mini` problems (training and validation problems are of the same 35 families)",
 }
+MOST_NAMED = 6  # runs with the most frequent value of a setting: more of them are counted
 RECIPE = ("learning_rate", "batch_size", "epochs", "temperature", "top_p", "max_new_tokens")
 
 
@@ -129,12 +130,12 @@ def caution(study: Study) -> str:
 def steps_words(study: Study) -> str:
     """Whether the number of traces and the length of training are one thing; nothing with one size."""
     runs = [study.of_size(size)[0] for size in study.unfiltered]
-    steps = [run.data.get("train_steps") or 0 for run in runs]
-    if len(steps) < 2 or not all(steps):
+    if len(runs) < 2 or not all(run.steps for run in runs):
         return ""
     if numbers.steps_matched(runs):
-        return f" Every set is trained for {max(steps)} optimizer steps, or nearly so, and so for unequal epochs."
-    few, many = (f"{steps[i]} optimizer steps ({named(runs[i].size)})" for i in (0, -1))
+        most = max(run.steps for run in runs)
+        return f" Every set is trained for {most} optimizer steps, or nearly so, and so for unequal epochs."
+    few, many = (f"{run.steps} optimizer steps ({named(run.size)})" for run in (runs[0], runs[-1]))
     return (
         f" Sets differ in the length of training, too, from {few} to {many}: what more traces gain is in part what "
         "more steps gain. `--match steps` tells the two apart."
@@ -174,9 +175,6 @@ def gaps(study: Study) -> str:
         f"All {len(study.runs)} runs are there ({len(study.sizes)} training sets, {which}), finished, and share every "
         "setting but their data."
     )
-
-
-MOST_NAMED = 6  # runs with the most frequent value of a setting: more of them are counted
 
 
 def differing_settings(study: Study) -> list[str]:

@@ -19,6 +19,7 @@ import statsmodels.api as sm
 from scipy.stats import binomtest, norm, permutation_test, t
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.sandwich_covariance import cov_cluster_2groups
 
 LEVEL = 0.05  # of every test; intervals are at 95 %
 POWER = 0.80
@@ -60,20 +61,22 @@ def estimate(*arms: np.ndarray) -> Estimate:
     """
     problems = arms[0].shape[1]
     by_problem = sum(arm.mean(axis=0) for arm in arms)  # (P,)
-    problem_part = by_problem.var(ddof=1) / problems if problems > 1 else 0.0
+    value = round(float(by_problem.mean()), DIGITS)
+    if problems == 1:  # it says next to nothing
+        return Estimate(value, value - 1, value + 1, 1 / float(norm.ppf(1 - LEVEL / 2)), np.inf, 1.0)
+    problem_part = by_problem.var(ddof=1) / problems
     spreads = [spread_of_seeds(arm) for arm in arms if len(arm) > 1]
     between, within = np.mean(spreads, axis=0) if spreads else (0.0, 0.0)
     both = [spread_of_seeds(arm) if len(arm) > 1 else (between, within) for arm in arms]
     observed, expected = (sum(pair[i] / len(arm) for pair, arm in zip(both, arms, strict=True)) for i in (0, 1))
     seed_part = max(observed - expected, 0.0)
     variance = problem_part + seed_part
-    value = round(float(by_problem.mean()), DIGITS)
-    if problems == 1 or variance < 10.0**-DIGITS / problems:
+    if variance < 10.0**-DIGITS / problems:
         # No two problems differ: what occurred in none of n occurs in at most 3.7 / n of all (Clopper and Pearson).
-        reach = round(float(proportion_confint(0, problems, method="beta")[1]), DIGITS) if problems > 1 else 1.0
+        reach = round(float(proportion_confint(0, problems, method="beta")[1]), DIGITS)
         error = reach / float(norm.ppf(1 - LEVEL / 2))
-        p = float(2 * norm.sf(abs(value) / error)) if problems > 1 else 1.0
-        return Estimate(value, value - reach, value + reach, error, np.inf, p, np.nan)
+        p = float(2 * norm.sf(abs(value) / error))
+        return Estimate(value, value - reach, value + reach, error, np.inf, p)
     freedom_of_seeds = sum(len(arm) - 1 for arm in arms)
     uncertain = problem_part**2 / (problems - 1) + (observed**2 / freedom_of_seeds if spreads else 0.0)
     freedom, error = variance**2 / uncertain, float(np.sqrt(variance))
@@ -88,7 +91,7 @@ def spread_of_seeds(arm: np.ndarray) -> tuple[float, float]:
     seeds, problems = arm.shape
     means = arm.mean(axis=1)
     rest = arm - means[:, None] - arm.mean(axis=0) + arm.mean()
-    return float(means.var(ddof=1)), float((rest**2).sum() / ((seeds - 1) * max(problems - 1, 1)) / problems)
+    return float(means.var(ddof=1)), float((rest**2).sum() / ((seeds - 1) * (problems - 1)) / problems)
 
 
 def mean_share(cells: np.ndarray) -> Estimate:
@@ -164,13 +167,13 @@ def trend(cells: pd.DataFrame) -> Estimate | None:
     variance may come out too small, or negative: it counts for no less than with clusters of one kind alone.
     """
     runs = cells["run"].nunique()
-    if cells["n"].nunique() < 3 or min(runs - 2, cells["problem"].nunique()) < 2 or not 0 < cells["correct"].mean() < 1:
+    few = cells["n"].nunique() < 3 or runs < 4 or cells["problem"].nunique() < 2
+    if few or not 0 < cells["correct"].mean() < 1:
         return None
     groups = cells[["run", "problem"]].apply(lambda names: pd.factorize(names)[0]).to_numpy()
     design = sm.add_constant(np.log2(cells["n"].to_numpy(float)))
-    model = sm.GLM(cells["correct"].to_numpy(), design, family=sm.families.Binomial())
-    kinds = (groups, groups[:, 0], groups[:, 1])
-    fits = [model.fit(cov_type="cluster", cov_kwds={"groups": kind}) for kind in kinds]
-    value, error = float(fits[0].params[1]), float(np.sqrt(max(fit.cov_params()[1, 1] for fit in fits)))
+    fit = sm.GLM(cells["correct"].to_numpy(), design, family=sm.families.Binomial()).fit()
+    variances = [covariance[1, 1] for covariance in cov_cluster_2groups(fit, groups)]  # of both kinds, of each alone
+    value, error = float(fit.params[1]), float(np.sqrt(max(variances)))
     reach = t.ppf(1 - LEVEL / 2, runs - 2) * error
     return Estimate(value, value - reach, value + reach, error, runs - 2, float(2 * t.sf(abs(value) / error, runs - 2)))

@@ -582,9 +582,8 @@ def test_matched_steps_are_read_as_such(tmp_path):
     assert "**Runs differ** in" not in sentences.gaps(load(tmp_path))
     steps = [load(tmp_path).of_size(size)[0].data["train_steps"] for size in ("n128", "full")]
     said = sentences.caution(load(tmp_path))
-    assert (
-        steps[0] < steps[1] and f"from {steps[0]} optimizer steps (n\u00a0=\u00a0128) to {steps[1]} optimizer" in said
-    )
+    assert steps[0] < steps[1]
+    assert f"from {steps[0]} optimizer steps (n\u00a0=\u00a0128) to {steps[1]} optimizer" in said
     for size, epochs in (("n128", 40.5), ("full", 3)):
         config = json.loads((tmp_path / size / "config.json").read_text())
         config["data"]["train_steps"] = 162
@@ -681,9 +680,8 @@ def test_a_run_whose_last_evaluation_lacks_answers_is_named_and_not_counted(tmp_
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     study = load(tmp_path)
     assert study.sizes == ["n128"] and sentences.finding(study)
-    assert "**full failed**: the last evaluation, or a part of it, of the finished run is missing" in sentences.gaps(
-        study
-    )
+    said = sentences.gaps(study)
+    assert "**full failed**: the last evaluation, or a part of it, of the finished run is missing" in said
 
 
 def test_a_setting_that_differs_is_named_with_its_values(tmp_path):
