@@ -15,12 +15,12 @@ OBJECTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 
-def check_model(model: str, revision: str | None, trust_remote_code: bool) -> None:
+def check_model(model: str, revision: str | None, trust_remote_code: bool, parameter: str = "model") -> None:
     """UserError where a model's configuration can't be loaded, or where a folder's files don't fit together.
 
     A hub model's weights come later, from a cache that checks them.
     """
-    folder, what = Path(model), f"model={shorten_path(model)!r}"
+    folder, what = Path(model), f"{parameter}={shorten_path(model)!r}"
     shapes = _read_shapes(folder, what) if folder.is_absolute() else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tqdm misses ipywidgets, which nothing here needs

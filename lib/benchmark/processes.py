@@ -8,7 +8,18 @@ import time
 from pathlib import Path
 
 from lib.benchmark.rows import VARIANTS
+from lib.data import load_examples, load_problems
 from lib.files import PROJECT_ROOT, UserError, append_lines, read_lines
+from lib.model_files import check_model
+
+
+def check_inputs(settings: dict) -> None:
+    """UserError for models or data that no part could read: their rows would take the place of good ones."""
+    for parameter in ("model", "trained"):
+        if settings[parameter]:
+            check_model(settings[parameter], None, trust_remote_code=False, parameter=parameter)
+    load_examples(Path(settings["data_dir"]))
+    load_problems(Path(settings["data_dir"], "validation.jsonl"))
 
 
 def run_parts(

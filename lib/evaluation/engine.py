@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lib.evaluation.memory import Shape, card_memory, model_shape, plan_share
+from lib.evaluation.memory import BESIDE_WEIGHTS, OVER_NCCL, Shape, card_memory, model_shape, plan_share
 from lib.evaluation.replica import EngineError, Generation, Replica, Sampling, start_replicas, start_thread
 from lib.logs import captured
 
@@ -163,6 +163,7 @@ def _gpu_settings(
         usual_len=usual_len,
         most_at_once=MOST_AT_ONCE,
         reserved=max(0, reserved - held),
+        beside=BESIDE_WEIGHTS + (0 if one_gpu else OVER_NCCL),
     )
     while len(engine.replicas) > plan.engines:
         engine.replicas.pop().close()

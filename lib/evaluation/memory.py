@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lib.evaluation.replica import EngineError, gpu_id
 
 GIB = 1 << 30
-BESIDE_WEIGHTS = 3 * GIB  # activations, recorded steps and CUDA itself; 2.4 GiB were seen at 1.5 B parameters
+BESIDE_WEIGHTS = 5 * GIB  # activations, recorded steps and CUDA itself; as much was seen at 1.5 B parameters
+OVER_NCCL = 9 * GIB // 4  # more for weights that come from another card: NCCL and its buffers; 2.2 GiB were seen
 SPARE = 0.9  # share of what is free that engines may take
 LEAST_AT_ONCE = 8  # responses: with less cache an engine would be slower than it is worth
 ENOUGH_AT_ONCE = 128  # responses: with room for fewer there had better be fewer engines, or one that sleeps
@@ -98,9 +99,11 @@ def policy_bytes(
     return shape.parameters * bytes_a_parameter + microbatch_tokens * kept * 2 + LOGITS_BYTES
 
 
-def engine_bytes(shape: Shape, precision_bytes: int, max_model_len: int, at_once: int) -> int:
-    """What an engine takes that holds `at_once` responses of full length at a time."""
-    fixed = shape.parameters * precision_bytes + BESIDE_WEIGHTS
+def engine_bytes(
+    shape: Shape, precision_bytes: int, max_model_len: int, at_once: int, beside: int = BESIDE_WEIGHTS
+) -> int:
+    """What an engine takes that holds `at_once` responses of full length at a time, and `beside` its weights."""
+    fixed = shape.parameters * precision_bytes + beside
     return fixed + at_once * shape.cache_elements * precision_bytes * max_model_len
 
 
@@ -157,6 +160,16 @@ def cap_policy(device: str, savings: Savings) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, left / whole), device)
 
 
+def hold_policy_together() -> None:
+    """Have PyTorch reserve on a GPU little more than it uses, unless the environment says how it shall allocate.
+
+    Else pieces of many sizes add up, as microbatches differ: 52 GiB of a policy that used 34 left no room for the
+    engines of a run beside it. Not where weights go by CUDA IPC, which such memory does not allow.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def plan_share(
     total: int,
     free: int,
@@ -170,26 +183,28 @@ def plan_share(
     usual_len: int,
     most_at_once: int,
     reserved: int = 0,
+    beside: int = BESIDE_WEIGHTS,
 ) -> Plan:
     """Divide a card's memory (bytes) among `engines` of them, which take no more than `most_at_once` responses need.
 
     Where each would have room for few responses there are fewer of them, but not fewer than `fewest`. A few responses
     of `max_model_len` tokens must fit (prompt and response), and are planned for as ones of `usual_len`.
     `share`: of the whole memory for all of them together; None: most of what is free, less `reserved`, which the policy
-    will still take. Raises `EngineError` where too little is left.
+    will still take. `beside`: what each takes that is neither weights nor cache. Raises `EngineError` where too little
+    is left.
     """
     budget = share * total if share is not None else SPARE * (free - reserved)
     longest, usual = (shape.cache_elements * precision_bytes * tokens for tokens in (max_model_len, usual_len))
-    fixed = engine_bytes(shape, precision_bytes, max_model_len, at_once=0)
+    fixed = engine_bytes(shape, precision_bytes, max_model_len, 0, beside)
     caches = {count: int(budget / count) - fixed for count in range(fewest, engines + 1)}
     # Each takes time for itself, so several small ones are faster than a large one: 25,500 tokens/s of one with 538
     # responses at a time, GPU half idle, 50,000 of three with 512 each (1.5 B parameters, H100).
     engines = max((count for count in caches if 2 * caches[count] >= ENOUGH_AT_ONCE * usual), default=fewest)
     cache = caches[engines]
     if cache < LEAST_AT_ONCE * longest:
-        beside = f"of {free / GIB:.1f} GiB that are free, {reserved / GIB:.1f} GiB are left to the policy; the other "
+        left = f"of {free / GIB:.1f} GiB that are free, {reserved / GIB:.1f} GiB are left to the policy; the other "
         raise EngineError(
-            f"gpu_memory_utilization={share}: {beside if share is None else ''}{max(0, budget) / GIB:.1f} GiB are too "
+            f"gpu_memory_utilization={share}: {left if share is None else ''}{max(0, budget) / GIB:.1f} GiB are too "
             f"little for {engines} {'engine' if engines == 1 else 'engines'}: weights, activations and {LEAST_AT_ONCE} "
             f"responses of {max_model_len} tokens need {engines * (fixed + LEAST_AT_ONCE * longest) / GIB:.1f} GiB"
         )

@@ -20,7 +20,7 @@ from lib.training.policy import as_written, autocast, named_weights, response_lo
 # Mean absolute difference of log-probabilities (nats) that counts as the same weights: four times what the engine's
 # first proof showed, within these bounds. Rounding alone makes 0.001 to 0.05 in bf16, by model, and 0.00001 in fp32.
 SYNC_TOLERANCE = {"bf16": (0.03, 0.1), "fp32": (0.001, 0.001)}
-BUFFER_BYTES = 1 << 28  # of weights on their way over NCCL: twice in each replica, beside what was planned for it
+BUFFER_BYTES = 1 << 28  # of weights on their way over NCCL: twice in each replica (`memory.OVER_NCCL`)
 
 
 def load_policy_into_vllm_instance(policy: torch.nn.Module, engine: Engine) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from lib.evaluation.engine import shutdown, wait_until_ready
-from lib.evaluation.memory import cap_policy
+from lib.evaluation.memory import cap_policy, hold_policy_together
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.run import lock as locks
@@ -42,6 +42,7 @@ def start(run: Run) -> str:
         cap_policy(config.train_device, run.savings)
         run.tracker = Tracker(config, run.environment, run.sizes, past)
         if config.eval_device != config.train_device:
+            hold_policy_together()
             run.engine = start_engine(run, run.log_file)  # goes on while the policy is loaded
         with captured(run.log_file):
             own = config.trust_remote_code, config.revision, run.savings.recompute

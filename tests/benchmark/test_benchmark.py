@@ -291,6 +291,17 @@ def test_a_part_that_ends_early_names_every_variant(tmp_path, monkeypatch, body,
     assert all(reason in row["error"] for row in found[1:])
 
 
+def test_a_missing_model_or_data_end_the_benchmark_before_its_rows_change(tmp_path, data_dir, tiny_model):
+    """Seen on four cards: a trained model that had not been made cost the rows of all variants at real lengths."""
+    settings = {"model": str(tiny_model), "trained": "", "data_dir": str(data_dir)}
+    processes.check_inputs(settings)
+    for name in ("model", "trained"):
+        with pytest.raises(UserError, match=f"{name}='.*none': no config.json"):
+            processes.check_inputs(settings | {name: str(tmp_path / "none")})
+    with pytest.raises(UserError, match=r"sft\.jsonl"):
+        processes.check_inputs(settings | {"data_dir": str(tmp_path)})
+
+
 def test_an_unknown_part_is_named(tmp_path):
     with pytest.raises(UserError, match="parts: speed unknown; there are ours, memory, trl"):
         processes.run_parts(["speed"], tmp_path, {}, {}, {})

@@ -1,5 +1,8 @@
 """The memory of engines on cards of several sizes: planned beside the policy, or refused with what is missing."""
 
+import subprocess
+import sys
+
 import pytest
 from transformers import Qwen2Config
 
@@ -10,6 +13,7 @@ from lib.evaluation.memory import (
     BYTES,
     ENOUGH_AT_ONCE,
     GIB,
+    OVER_NCCL,
     SPARE,
     Shape,
     engine_bytes,
@@ -23,7 +27,6 @@ from lib.training.policy import load_policy
 
 # Qwen2.5-Math-1.5B
 QWEN = Shape(parameters=1_543_714_304, cache_elements=2 * 28 * 2 * 128, layers=28, hidden=1536, intermediate=8960)
-CARDS = {"24": 24, "40": 40, "80": 80, "141": 141}
 
 
 def plan(total: float, free: float | None = None, shape: Shape = QWEN, **settings):
@@ -44,8 +47,7 @@ def test_the_shape_of_the_study_is_the_one_measured():
     assert QWEN.cache_elements == 2 * config.num_hidden_layers * 2 * width
 
 
-@pytest.mark.parametrize("engines", [1, 2, 3])
-@pytest.mark.parametrize("total", CARDS.values(), ids=CARDS)
+@pytest.mark.parametrize(("total", "engines"), [(24, 1), (24, 2), (40, 3), (80, 3), (141, 3)])
 def test_engines_on_a_card_of_their_own_fit_into_it(total, engines):
     one = plan(total, engines=engines)
     taken = one.cache_bytes + 2 * QWEN.parameters + BESIDE_WEIGHTS
@@ -58,8 +60,8 @@ def test_engines_on_a_card_of_their_own_fit_into_it(total, engines):
 
 def test_there_are_fewer_engines_where_each_would_hold_few_responses():
     """Beside another run's policy on an 80 GB card: three engines would hold 53 responses of full length each."""
-    assert plan(79.6, share=0.29, engines=3).cache_bytes < 64 * 1324 * 2 * QWEN.cache_elements
-    two = plan(79.6, share=0.29, engines=3, fewest=1)
+    assert plan(79.6, share=0.35, engines=3).cache_bytes < 64 * 1324 * 2 * QWEN.cache_elements
+    two = plan(79.6, share=0.35, engines=3, fewest=1)
     assert two.engines == 2 and two.cache_bytes > 128 * 1324 * 2 * QWEN.cache_elements
     assert plan(24, engines=3, fewest=1).engines == 2
     assert plan(80, engines=3, fewest=1).engines == 3
@@ -71,8 +73,8 @@ def test_responses_at_a_time_are_planned_by_the_usual_prompt_not_by_the_longest(
     """MATH's longest prompt has 1,429 tokens, most have 230: beside another run's policy one engine with 538 responses
     at a time was half as fast as it could be."""
     beside = {"share": 0.295, "engines": 3, "fewest": 1, "max_model_len": 2453}
-    usual = plan(79.6, **beside, usual_len=1254)
-    assert usual.engines == 2 and plan(79.6, **beside).at_once < 200 < usual.at_once
+    assert plan(79.6, **beside, usual_len=1254).engines == 2 and plan(79.6, **beside).engines == 1
+    assert plan(79.6, **beside, usual_len=1254).at_once > 200
 
 
 def test_a_large_card_is_not_filled_for_nothing():
@@ -100,11 +102,33 @@ def test_an_engine_beside_another_run_counts_what_is_free():
     assert busy.share * 79.18 <= 0.9 * 27.44
 
 
+def test_runs_side_by_side_fit_with_what_they_were_seen_to_take():
+    """On two H100s with `--jobs 2` a policy of 8,192 tokens took 39.3 GiB and the other's CUDA context 0.5, and each
+    engine 7.15 GiB beside weights (2.98) and cache: 14 of 21 runs ended for want of memory."""
+    share = (SPARE * 79.65 * GIB - policy_bytes(QWEN, 8192)) / (79.65 * GIB)  # `lib.study.runs.engine_share`
+    lengths = {"max_model_len": 2453, "usual_len": 1186}
+    engines = plan(79.65, share=share, engines=3, fewest=1, beside=BESIDE_WEIGHTS + OVER_NCCL, **lengths)
+    assert 39.3 + 0.5 + engines.engines * (7.15 + 2.98 + engines.cache_bytes / GIB) < 79.18
+    assert engines.engines > 1 and engines.engines * engines.at_once > 500
+
+
+def test_a_policy_is_held_together_unless_the_user_says_how(monkeypatch):
+    """Asked of PyTorch in a process of its own, as the settings stay."""
+    code = "import torch; from lib.evaluation import memory; memory.hold_policy_together(); "
+    code += "print(torch._C._accelerator_getAllocatorSettings())"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    said = [sys.executable, "-c", code]
+    assert "expandable_segments:True" in subprocess.check_output(said, text=True)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    assert "expandable_segments" not in subprocess.check_output(said, text=True)
+
+
 def test_a_given_share_is_taken_as_it_is():
     given = plan(80, free=10, share=0.3)
     assert given.cache_bytes == int(0.3 * 80 * GIB) - 2 * QWEN.parameters - BESIDE_WEIGHTS
     with pytest.raises(
-        EngineError, match=r"gpu_memory_utilization=0.05: 4.0 GiB are too little for 1 engine: .* need 6"
+        EngineError, match=r"gpu_memory_utilization=0.05: 4.0 GiB are too little for 1 engine: .* need 8.2"
     ):
         plan(80, share=0.05)
 
@@ -148,7 +172,7 @@ def test_an_engine_that_sleeps_wakes_into_what_the_idle_policy_leaves(total):
     policy = savings(total)
     awake = plan(total / 1.0737, reserved=policy.reserved)  # GB to GiB
     assert awake.cache_bytes + 2 * QWEN.parameters + BESIDE_WEIGHTS + policy.reserved <= total * 1e9
-    assert awake.at_once >= ENOUGH_AT_ONCE
+    assert awake.at_once > 100
 
 
 def test_what_is_asked_for_stays():
