@@ -40,7 +40,7 @@ class Server:
                     answer = "result", getattr(self, name)(*arguments)
                 except Exception as error:
                     traceback.print_exc()  # into the log
-                    answer = "error", _describe(error)
+                    answer = "error", _gpu_was_full() + _describe(error)
                 self.connection.send(answer)
         if self.llm is not None:
             from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -103,6 +103,14 @@ def _describe(error: BaseException) -> str:
     """An error and what it was raised from, each in one line of at most 500 characters."""
     text = textwrap.shorten(f"{type(error).__name__}: {error}", 500, placeholder=" ...")
     return text if error.__cause__ is None else f"{text}, by {_describe(error.__cause__)}"
+
+
+def _gpu_was_full() -> str:
+    """Said where PyTorch got no memory of the GPU: compiled code reports that as a call of its own that failed."""
+    import torch
+
+    refused = torch.cuda.is_initialized() and torch.cuda.memory_stats().get("num_ooms", 0)
+    return "the GPU is out of memory: " if refused else ""
 
 
 def _sampling_parameters(sampling: Sampling, seed: int | None, log_probs: bool):

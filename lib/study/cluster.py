@@ -95,6 +95,7 @@ class Cluster:
     at_once = 1 << 20  # Ray keeps the tasks that have to wait
     longest_first = True
     base_first = True
+    shares_memory = False
 
     def __init__(self, address: str, folder: Path, settings: dict, gpus: int | None = None, cpus: int | None = None):
         self.folder = folder

@@ -55,9 +55,15 @@ class Progress:
             speed_estimate_period=float("inf"),  # from the beginning: runs train in bursts, evaluations between them
             get_time=clock,
         )
-        self.all = self.bars.add_task("all runs", total=sum(map(work, runs)), position="")
+        self.all = self.bars.add_task("all runs", total=0.0, position="")
+        for run in runs:
+            self.expect(run)
         self.bar_of: dict[str, int] = {}
         self.ended = 0.0  # work of the runs that are over
+
+    def expect(self, run: PlannedRun) -> None:
+        """Count a run that is to be made."""
+        self.bars.update(self.all, total=self.bars.tasks[self.all].total + work(run))
 
     def say(self, text: str) -> None:
         self.console.print(text)

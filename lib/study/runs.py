@@ -27,6 +27,7 @@ class ThisMachine:
 
     longest_first = False
     base_first = False  # runs of one folder wait for its base by themselves
+    shares_memory = True  # between runs that are side by side
 
     def __init__(self, folder: Path, at_once: int = 1, places: tuple[dict, ...] = ({},)):
         self.folder, self.at_once, self.places = folder, at_once, places
@@ -49,8 +50,11 @@ class ThisMachine:
 
 
 def run_all(runs: list[PlannedRun], folder: Path, machine, every: float = 30.0) -> Outcome:
-    """Make the runs that are not finished yet on `machine` (`ThisMachine`, or `cluster.Cluster`)."""
-    outcome = Outcome()
+    """Make the runs that are not finished yet on `machine` (`ThisMachine`, or `cluster.Cluster`).
+
+    A run that found too little memory beside others is made again after them, by itself.
+    """
+    outcome, crowded = Outcome(), set()
     progress = Progress([run for run in runs if not run.is_kept(folder)], every)
     waiting = [(f"[{place}/{len(runs)}] {run.name:<10}", run) for place, run in enumerate(runs, start=1)]
     if machine.longest_first:  # of each seed, so that no long run is left alone at the end
@@ -59,7 +63,7 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, every: float = 30.0) 
     try:
         with progress.bars:
             while waiting or jobs:
-                while waiting and len(jobs) < room(folder, machine, waiting[0][1]):
+                while waiting and len(jobs) < room(folder, machine, waiting[0][1], crowded):
                     label, run = waiting.pop(0)
                     if run.is_kept(folder):
                         outcome.kept.append(run.name)
@@ -73,17 +77,24 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, every: float = 30.0) 
                 for job in [job for job in jobs if not job.execution.is_running()]:
                     conclude(job, folder, outcome, progress)
                     jobs.remove(job)
+                    alone = machine.at_once == 1 or not machine.shares_memory or job.run.name in crowded
+                    if not alone and "memory" in outcome.failed.get(job.run.name, ""):
+                        del outcome.failed[job.run.name]
+                        crowded.add(job.run.name)
+                        waiting.append((job.label, job.run))
+                        progress.expect(job.run)
+                        progress.say(f"{job.label} is made again after the others, by itself")
     finally:
         machine.end([job.execution for job in jobs])
     return outcome
 
 
-def room(folder: Path, machine, run: PlannedRun) -> int:
-    """How many runs may be at work at a time, before `run` starts."""
+def room(folder: Path, machine, run: PlannedRun, crowded: set[str]) -> int:
+    """How many runs may be at work at a time, before `run` starts; those that were `crowded` are made one by one."""
     # The untrained base is measured by the first run and reused by the others. Where they share no folder, each would
     # measure it side by side: so they go one by one until some base is there.
     alone = machine.base_first and run.measures_base and not any(folder.glob("base-*/settings.json"))
-    return 1 if alone else machine.at_once
+    return 1 if alone or run.name in crowded else machine.at_once
 
 
 def conclude(job: Job, folder: Path, outcome: Outcome, progress: Progress) -> None:

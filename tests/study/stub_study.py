@@ -27,6 +27,7 @@ overwrite = False
 runs_dir = None
 run_name = None
 fail_at = None
+crowded_at = None
 data_dir = None
 sleep = 0.0
 base_after = None
@@ -70,6 +71,8 @@ while not all((Path(runs_dir) / name / "visits.jsonl").is_file() for name in mee
 WORK = """
 if fail_at == n:
     raise ValueError(f"loss is nan with n={n}")
+if crowded_at == n and len((folder / "visits.jsonl").read_text().splitlines()) == 1:
+    raise RuntimeError("cuda:0 is out of memory")
 if sleep:
     engine = subprocess.Popen(["sleep", "300"], start_new_session=True)
     (folder / "engine.pid").write_text(str(engine.pid))

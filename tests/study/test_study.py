@@ -119,6 +119,22 @@ def test_a_run_that_fails_beside_another_leaves_it_alone_and_the_rest_goes_on(st
     assert made(stub, folder, *words).finished == ["n256"]
 
 
+def test_a_run_without_memory_beside_others_is_made_again_by_itself(stub, tmp_path, capsys):
+    """Seen with `--jobs 2` on two H100s: 14 of 21 runs ended so. One that fails by itself, too, has failed."""
+    folder = tmp_path / "runs"
+    sizes = ["--sizes", "128", "256", "512", "-p", "sleep", "1"]
+    outcome = made(stub, folder, *sizes, "--jobs", "2", "-p", "crowded_at", "128")
+    assert (sorted(outcome.finished), outcome.failed) == (["n128", "n256", "n512"], {})
+    said = capsys.readouterr().out
+    assert "[1/3] n128       FAILED" in said and "n128       is made again after the others, by itself" in said
+    again = [json.loads(line)["started"] for line in (folder / "n128/visits.jsonl").read_text().splitlines()]
+    assert len(again) == 2 and again[1] > max(ended(folder / "n256"), ended(folder / "n512"))
+    assert not (folder / "n128.failed.ipynb").exists()
+
+    outcome = made(stub, tmp_path / "alone", *sizes, "-p", "crowded_at", "128")
+    assert list(outcome.failed) == ["n128"], "nobody was beside it"
+
+
 def test_a_stopped_study_ends_every_run_at_work_and_goes_on_with_them(stub, tmp_path):
     folder = tmp_path / "runs"
     words = ["--runs-dir", str(folder), "--sizes", "128", "256", "--jobs", "2"]
