@@ -17,6 +17,7 @@ import torch
 
 from lib.evaluation import engine as engines
 from lib.evaluation.engine import EngineError, Sampling
+from lib.evaluation.memory import hold_policy_together
 from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.training.policy import load_policy, load_tokenizer
 
@@ -44,6 +45,8 @@ def main(
 ) -> None:
     torch.manual_seed(0)
     log_file = Path(tempfile.mkdtemp()) / "engine.log"
+    if train_device != eval_device:
+        hold_policy_together()
     tokenizer, policy = load_tokenizer(model), load_policy(model, train_device)
     prompts = [tokenizer(f"Find the sum of {i} and {i + 1}. " * 20)["input_ids"][:200] for i in range(8)]
     settings = {"log_file": log_file, "max_model_len": 512, "gpu_memory_utilization": float(share)}
