@@ -99,11 +99,11 @@ def test_a_step_is_timed_over_its_own_tokens_after_the_warm_up(data_dir, tiny_mo
 
 
 def finished_run(path: Path, peak: int) -> None:
-    """What a run of 7 steps leaves that a card's row needs: the first 5 steps are slower."""
+    """What a run of 8 steps leaves that a card's row needs: the first 5 steps are slower, and so is the last."""
     path.mkdir()
     savings = Savings("adamw8bit", True, True, 1024)
     write_json(path / "config.json", {"environment": {"memory": asdict(savings)}})
-    append_lines(path / "metrics.jsonl", [{"tokens": 100, "seconds": s, "loss": s} for s in (9, 9, 9, 9, 9, 2, 3)])
+    append_lines(path / "metrics.jsonl", [{"tokens": 100, "seconds": s, "loss": 2.5} for s in (9, 9, 9, 9, 9, 2, 2.5, 10)])
     append_lines(path / "evaluations.jsonl", [{"n": 4}, {"n": 8}])
     write_json(path / "summary.json", {"peak_train_memory_bytes": peak, "final_accuracy": 0.25})
 
