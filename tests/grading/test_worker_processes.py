@@ -113,6 +113,23 @@ def test_workers_killed_from_outside_cost_nothing():
     assert not is_right("x+1", "1+x+1")
 
 
+def test_a_worker_killed_before_it_is_told_its_work_costs_nothing(monkeypatch):
+    """Seen once in many runs whose workers were hunted: its pipe was broken before the first word."""
+    started = []
+
+    def start(*arguments, **options):
+        process = subprocess.Popen(*arguments, **options)
+        started.append(process)
+        if len(started) == 1:
+            process.kill()
+            process.wait()
+        return process
+
+    workers.stop_workers()
+    monkeypatch.setattr(workers, "Popen", start)
+    assert is_right("x+1", "1+x+0") and len(started) == 2
+
+
 def test_the_smallest_memory_is_enough_for_ordinary_answers():
     response = respond("1+x")
     assert grade_many([response], ["x+1"], workers=1, memory_bytes=workers.SMALLEST_MEMORY)[0]["reward"] == 1
