@@ -129,19 +129,21 @@ def engine_share(settings: dict, at_once: int, places: int) -> float | None:
     """
     if at_once == 1 or settings["eval_device"] == "cpu" or settings["gpu_memory_utilization"] is not None:
         return None
-    from lib.evaluation.memory import GIB, SPARE, card_memory, model_shape, policy_bytes
+    from lib.evaluation.memory import BESIDE_WEIGHTS, GIB, SPARE, card_memory, engine_bytes, model_shape, policy_bytes
 
     both = places > 1 or settings["train_device"] == settings["eval_device"]
-    engines = -(-at_once // places)  # on one card, and as many policies where a card has both
+    count = -(-at_once // places)  # of policies on one card, and of engines
     shape = model_shape(settings["model"], settings["trust_remote_code"], settings["revision"])
-    policies = engines * policy_bytes(shape, settings["microbatch_tokens"]) if both else 0
+    policies = count * policy_bytes(shape, settings["microbatch_tokens"])
     total, _ = card_memory(settings["eval_device"])
-    if policies >= SPARE * total:
+    engines = count * engine_bytes(shape, 2 if settings["precision"] == "bf16" else 4, 0, 0, BESIDE_WEIGHTS)  # at least
+    if policies + (engines if both else 0) >= SPARE * total:
+        beside = f" and {count} of the engines ({engines / GIB:.0f} GiB at least)" if both else ""
         raise UserError(
-            f"--jobs {at_once}: {engines} policies on a GPU need {policies / GIB:.0f} GiB, of {total / GIB:.0f} GiB; "
-            "lower it, or -p microbatch_tokens"
+            f"--jobs {at_once}: a GPU of {total / GIB:.0f} GiB is too small for {count} of the policies "
+            f"({policies / GIB:.0f} GiB){beside}; lower it, or -p microbatch_tokens"
         )
-    return round((SPARE * total - policies) / total / engines, 3)
+    return round((SPARE * total - (policies if both else 0)) / total / count, 3)
 
 
 def accuracy(folder: Path) -> str:

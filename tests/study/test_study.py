@@ -191,6 +191,7 @@ def card(monkeypatch):
     monkeypatch.setattr(memory, "card_memory", lambda device: (80 * GIB, 80 * GIB))
     monkeypatch.setattr(memory, "model_shape", lambda *_: shape)
     settings = {"model": "any", "revision": None, "trust_remote_code": False, "microbatch_tokens": 16384}
+    settings["precision"] = "bf16"
     return settings | {"train_device": "cuda:0", "eval_device": "cuda:1", "gpu_memory_utilization": None}
 
 
@@ -202,12 +203,31 @@ def test_engines_of_runs_side_by_side_share_what_the_policies_leave(card):
     assert runs.engine_share(card, 1, places=1) is None, "a run by itself plans at its engine's start"
     assert runs.engine_share(card | {"gpu_memory_utilization": 0.2}, 2, places=2) is None, "the user's counts"
     assert runs.engine_share(card | {"eval_device": "cpu", "train_device": "cpu"}, 2, places=1) is None
-    apart = runs.engine_share(card, 2, places=1)  # both policies on one card, both engines on the other
+    small = card | {"microbatch_tokens": 1024}
+    apart = runs.engine_share(small, 2, places=1)  # both policies on one card, both engines on the other
     assert apart == pytest.approx(0.45, abs=0.01)
-    small = card | {"microbatch_tokens": 1024, "train_device": "cuda:1"}
-    assert 0 < runs.engine_share(small, 2, places=1) < share, "two of each on one card"
-    with pytest.raises(UserError, match=r"--jobs 4: 2 policies on a GPU need .* lower it, or -p microbatch_tokens"):
-        runs.engine_share(card, 4, places=2)
+    assert 0 < runs.engine_share(small | {"train_device": "cuda:1"}, 2, places=1) < share, "two of each on one card"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "places", "settings", "needed"),
+    [
+        (4, 2, {}, "2 of the policies (96 GiB) and 2 of the engines (16 GiB at least);"),
+        (2, 1, {}, "2 of the policies (96 GiB);"),  # their engines are on the other GPU
+        (
+            2,
+            1,
+            {"train_device": "cuda:1", "microbatch_tokens": 4096},
+            "2 of the policies (62 GiB) and 2 of",
+        ),
+        (2, 2, {"microbatch_tokens": 30_000}, "1 of the policies (67 GiB) and 1 of the engines (8 GiB at least);"),
+    ],
+)
+def test_more_side_by_side_than_a_gpu_holds_is_refused(card, jobs, places, settings, needed):
+    """Before any starts: an engine needs memory for its weights and itself, with no response yet."""
+    with pytest.raises(UserError, match="lower it, or -p microbatch_tokens") as refused:
+        runs.engine_share(card | settings, jobs, places)
+    assert f"--jobs {jobs}: a GPU of 80 GiB is too small for {needed}" in str(refused.value)
 
 
 def test_a_run_is_told_its_share(stub, tmp_path, monkeypatch):
