@@ -57,7 +57,7 @@ def card_row(settings: Settings, card: str, gpu: str) -> dict:
     timed = metrics[SPEED_FROM:] or metrics
     return {
         "savings": str(savings),
-        "tokens_per_second": statistics.median(m["tokens"] / m["seconds"] for m in timed),
+        "tokens_per_second": statistics.median(m["tokens_per_second"] for m in timed),
         "peak_gb": summary["peak_train_memory_bytes"] / 1e9,
         "card_gb": max(used) * (1 << 20) / 1e9 if used else None,
         "mean_loss": sum(m["loss"] for m in timed) / len(timed),

@@ -129,6 +129,7 @@ def engine_share(settings: dict, at_once: int, places: int) -> float | None:
     """
     if at_once == 1 or settings["eval_device"] == "cpu" or settings["gpu_memory_utilization"] is not None:
         return None
+    from lib.evaluation.engine import DTYPES
     from lib.evaluation.memory import GIB, SPARE, card_memory, engine_bytes, model_shape, policy_bytes
 
     both = places > 1 or settings["train_device"] == settings["eval_device"]
@@ -136,7 +137,7 @@ def engine_share(settings: dict, at_once: int, places: int) -> float | None:
     shape = model_shape(settings["model"], settings["trust_remote_code"], settings["revision"])
     policies = count * policy_bytes(shape, settings["microbatch_tokens"])
     total, _ = card_memory(settings["eval_device"])
-    engines = count * engine_bytes(shape, 2 if settings["precision"] == "bf16" else 4, 0, 0)  # with no response yet
+    engines = count * engine_bytes(shape, DTYPES[settings["precision"]].itemsize, 0, 0)  # with no response yet
     if policies + (engines if both else 0) >= SPARE * total:
         beside = f" and {count} of the engines ({engines / GIB:.0f} GiB at least)" if both else ""
         raise UserError(

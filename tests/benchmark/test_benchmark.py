@@ -104,7 +104,7 @@ def finished_run(path: Path, peak: int) -> None:
     savings = Savings("adamw8bit", True, True, 1024)
     write_json(path / "config.json", {"environment": {"memory": asdict(savings)}})
     append_lines(
-        path / "metrics.jsonl", [{"tokens": 100, "seconds": s, "loss": 2.5} for s in (9, 9, 9, 9, 9, 2, 2.5, 10)]
+        path / "metrics.jsonl", [{"tokens_per_second": 100 / s, "loss": 2.5} for s in (9, 9, 9, 9, 9, 2, 2.5, 10)]
     )
     append_lines(path / "evaluations.jsonl", [{"n": 4}, {"n": 8}])
     write_json(path / "summary.json", {"peak_train_memory_bytes": peak, "final_accuracy": 0.25})

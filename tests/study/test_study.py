@@ -214,12 +214,7 @@ def test_engines_of_runs_side_by_side_share_what_the_policies_leave(card):
     [
         (4, 2, {}, "2 of the policies (96 GiB) and 2 of the engines (16 GiB at least);"),
         (2, 1, {}, "2 of the policies (96 GiB);"),  # their engines are on the other GPU
-        (
-            2,
-            1,
-            {"train_device": "cuda:1", "microbatch_tokens": 4096},
-            "2 of the policies (62 GiB) and 2 of",
-        ),
+        (2, 1, {"train_device": "cuda:1", "microbatch_tokens": 4096}, "2 of the policies (62 GiB) and 2 of"),
         (2, 2, {"microbatch_tokens": 30_000}, "1 of the policies (67 GiB) and 1 of the engines (8 GiB at least);"),
     ],
 )
