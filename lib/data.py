@@ -1,21 +1,18 @@
 """Training examples, validation problems and prompt templates, from JSONL files in the course's layout."""
 
-import itertools
 import json
 import math
 import random
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
+from lib.contamination import find_contamination
 from lib.files import UserError, absolute, parse_lines, read_text, shorten_path
 from lib.grading import grade_many
 
 PROMPTS = Path(__file__).parent / "prompts"
 PLACEHOLDER = "{question}"
-NEAR = 0.6  # share of word trigrams from which two problems with the same numbers count as near duplicates
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
         if answer is not None:
             level = f"Level {level}" if level and level.strip().isdecimal() else level
             problems.append(Problem(own or f"{path.stem}/{len(problems)}", text, answer, level, subject))
-        elif not may_lack_answers:  # MATH's train.jsonl has one
+        elif not may_lack_answers:  # MATH's train.jsonl has two
             raise UserError(f"{where}: 'answer' must be a text that is not empty")
     if len({p.id for p in problems}) < len(problems):
         raise UserError(f"{shorten_path(path)}: 'unique_id' is not unique")
@@ -219,62 +216,6 @@ def load_evaluation_problems(data_dir: Path, split: str, examples: list[Example]
     if not problems:
         raise UserError("eval_split='tuning': every problem of train.jsonl has a trace in sft.jsonl")
     return find_contamination(validation, problems).leave_out(problems)
-
-
-@dataclass(frozen=True)
-class Contamination:
-    """Ids of problems that others contain: `exact`, the same but for layout and punctuation; `near`, in other words."""
-
-    exact: list[str]
-    near: list[str]
-
-    @property
-    def ids(self) -> list[str]:
-        return [*self.exact, *self.near]
-
-    def leave_out(self, problems: list[Problem]) -> list[Problem]:
-        found = set(self.ids)
-        if left := [p for p in problems if p.id not in found]:
-            return left
-        raise UserError(f"all {len(problems)} problems have near duplicates, so none is left to evaluate on")
-
-    def to_dict(self, excluded: bool) -> dict:
-        """As `config.json` has it; `excluded`: whether the run left these problems out."""
-        return {"exact": len(self.exact), "near": len(self.near), "ids": self.ids, "excluded": excluded}
-
-
-def find_contamination(seen: Sequence[Example | Problem], problems: list[Problem]) -> Contamination:
-    """Which `problems` stand among those `seen` already, for instance in the training examples.
-
-    A near duplicate has the same numbers in the same order, and shares `NEAR` of the word trigrams (Jaccard index):
-    with other numbers it is another problem of the same kind.
-    """
-    spellings, places = set(), {}
-    for spelling, numbers, trigrams in (_normalize(text) for text in {s.problem for s in seen}):
-        spellings.add(spelling)
-        for trigram in trigrams:
-            places.setdefault((numbers, trigram), []).append(trigrams)
-    found = Contamination([], [])
-    for problem in problems:
-        spelling, numbers, trigrams = _normalize(problem.problem)
-        # A near duplicate lacks at most 1 - NEAR of the trigrams, so it has one of so many and one: of the rarest.
-        found_at = sorted((places.get((numbers, trigram), []) for trigram in trigrams), key=len)
-        candidates = itertools.chain(*found_at[: int((1 - NEAR) * len(trigrams)) + 1])
-        if spelling in spellings:
-            found.exact.append(problem.id)
-        elif any(len(trigrams & other) >= NEAR * len(trigrams | other) for other in candidates):
-            found.near.append(problem.id)
-    return found
-
-
-def _normalize(text: str) -> tuple[str, tuple[str, ...], set[tuple[str, ...]]]:
-    """A problem's text without layout and punctuation, its numbers, and its word trigrams."""
-    text = re.sub(r"(?<=\d)(?:,|\{,\}|\\!?,\\?!?)(?=\d{3}(?!\d))", "", text.lower())
-    text = re.sub(r"\\(?:left|right|displaystyle|text|mathrm|operatorname|quad|[ ,;:!\[\]()])", " ", text)
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s$.,;:?!'\"{}()~]", text)
-    numbers = tuple(word for word in words if word[0].isdigit())
-    return "".join(words), numbers, {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
 def stratified_subset(problems: list[Problem], size: int | None, seed: int) -> list[Problem]:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib.data import PLACEHOLDER, PROMPTS, Problem, Template, find_contamination, label, read_rows
+from lib.contamination import find_contamination
+from lib.data import PLACEHOLDER, PROMPTS, Problem, Template, label, read_rows
 from lib.files import UserError, absolute, first_line, read_text, shorten_path, whole_folder, write_json, write_lines
 from lib.grading.rule import boxed
 

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import mini_rows, write_rows
 
+from lib.contamination import Contamination, find_contamination
 from lib.data import (
-    Contamination,
-    Problem,
     distinct,
-    find_contamination,
     load_evaluation_problems,
     load_examples,
     load_problems,
@@ -175,25 +173,11 @@ def test_a_problem_without_an_answer_is_no_tuning_problem_and_no_validation_prob
 
 @needs_math
 def test_the_tuning_problems_of_math():
-    """7,500, less those of a trace, one without an answer, one that validation has too, and its near duplicates."""
+    """7,500, less those of a trace, two without an answer, one that validation has too, and its near duplicates."""
     examples, _ = load_examples(MATH)
     validation = load_problems(MATH / "validation.jsonl")
     tuning = load_evaluation_problems(MATH, "tuning", examples)
-    assert len(tuning) == 7295 and find_contamination(validation, tuning) == Contamination([], [])
-
-
-@needs_math
-def test_the_traces_of_math_are_clean_and_its_two_files_share_problems():
-    """As a second route: the 4 exact ones are pairs that differ in white space, dollar signs and braces only."""
-    examples, _ = load_examples(MATH)
-    validation = load_problems(MATH / "validation.jsonl")
-    assert find_contamination(examples, validation) == Contamination([], [])
-    train = load_problems(MATH / "train.jsonl", may_lack_answers=True)
-    found = find_contamination(train, validation)
-    layout = re.compile(r"[\s$\\,{}?]|\.(?!\d)")
-    bare = {layout.sub("", p.problem) for p in train}
-    assert found.exact == [p.id for p in validation if layout.sub("", p.problem) in bare]
-    assert (len(found.exact), len(found.near)) == (4, 68)
+    assert len(tuning) == 7309 and find_contamination(validation, tuning) == Contamination([], [])
 
 
 @needs_math
@@ -411,61 +395,6 @@ def test_a_template_asks_once(data_dir, tmp_path):
             load_examples(data_dir, str(tmp_path / "own.prompt"))
 
 
-# --- contamination
-
-
-def problem(text, name="p"):
-    return Problem(name, text, "1")
-
-
-SEEN = "Ben has 12 red cards and 1,250 blue cards. He gives $\\frac{1}{3}$ of the red cards to Anna. How many are left?"
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        (SEEN, "exact"),
-        (SEEN.upper(), "exact"),
-        (f"  {SEEN}\n", "exact"),
-        (SEEN.replace("1,250", "1250").replace("\\frac", "\\dfrac").replace(".", " ."), "exact"),
-        (SEEN.replace("$\\frac{1}{3}$", "\\( \\frac{1}{3} \\)").replace("1,250", "1{,}250"), "exact"),
-        (SEEN.replace("Ben", "Clara").replace("He", "She"), "near"),
-        (SEEN.replace("blue", "green"), "near"),
-        ("Read carefully. " + SEEN, "near"),
-        (SEEN.replace("How many are left?", "How many does he keep?"), "near"),
-        (SEEN.replace("12", "13"), None),
-        (SEEN.replace("{3}", "{4}"), None),
-        ("What is 12 + 1250 + 1 + 3?", None),
-        ("How many are left?", None),
-        ("", None),
-    ],
-)
-def test_what_counts_as_a_duplicate(text, kind):
-    found = find_contamination(
-        [problem("Another one."), problem(SEEN)], [problem(text, "it"), problem("Else 5?", "no")]
-    )
-    assert found == Contamination(["it"] * (kind == "exact"), ["it"] * (kind == "near"))
-    assert find_contamination([problem(text)], [problem(SEEN, "it")]) == found  # whichever was seen
-
-
-def test_contaminated_problems_are_counted_named_and_left_out(data_dir):
-    examples, _ = load_examples(data_dir)
-    validation = load_problems(data_dir / "validation.jsonl")
-    assert find_contamination(examples, validation).to_dict(True) == {
-        "exact": 0,
-        "near": 0,
-        "ids": [],
-        "excluded": True,
-    }
-    texts = [examples[3].problem + " ", "Please do this: " + examples[5].problem]
-    planted = [problem(text, f"planted/{i}") for i, text in enumerate(texts)]
-    found = find_contamination(examples, [*validation, *planted])
-    asked = {"exact": 1, "near": 1, "ids": ["planted/0", "planted/1"], "excluded": False}
-    assert found.to_dict(False) == asked and found.leave_out([*planted, *validation]) == validation
-    with pytest.raises(UserError, match="all 2 problems have near duplicates"):
-        found.leave_out(planted)
-
-
 def test_nothing_is_tuned_on_a_near_duplicate_of_validation(data_dir):
     examples, _ = load_examples(data_dir)
     validation = mini_rows("validation.jsonl", 24)
@@ -475,16 +404,3 @@ def test_nothing_is_tuned_on_a_near_duplicate_of_validation(data_dir):
     whole = load_evaluation_problems(data_dir, "tuning", examples)
     write_rows(data_dir / "train.jsonl", mini_rows("train.jsonl", 3000) + near[:5])
     assert load_evaluation_problems(data_dir, "tuning", examples) == whole
-
-
-def test_thousands_of_problems_take_seconds():
-    import random
-    import time
-
-    rng = random.Random(0)
-    words = [a + b for a in "abcdefghij" for b in "klmnopqrst"]  # no numbers, which would tell them apart at once
-    texts = ["Express your answer as a common fraction. " + " ".join(rng.choices(words, k=40)) for _ in range(7000)]
-    seen, asked = ([problem(t, str(i)) for i, t in enumerate(part)] for part in (texts[:2000], texts[2000:]))
-    started = time.perf_counter()
-    assert find_contamination(seen, asked) == Contamination([], [])
-    assert time.perf_counter() - started < 10

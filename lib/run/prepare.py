@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from lib.data import find_contamination, load_evaluation_problems, load_examples, select_examples, stratified_subset
+from lib.contamination import find_contamination
+from lib.data import load_evaluation_problems, load_examples, select_examples, stratified_subset
 from lib.environment import describe_environment
 from lib.evaluation.engine import DTYPES, Engine, begin_vllm
 from lib.evaluation.evaluate import context_lengths, encode_prompts

@@ -11,7 +11,8 @@ from fractions import Fraction
 import pytest
 import sympy
 
-from lib.data import Contamination, find_contamination, load_examples, load_problems
+from lib.contamination import Contamination, find_contamination
+from lib.data import load_examples, load_problems
 from lib.grading import r1_zero_reward_fn
 from lib.mini import make_data, teacher, textbook
 from lib.mini.counting import GROUPS
