@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -81,6 +82,12 @@ def label(value: object, key: str, where: str) -> str | None:
     return str(int(value)) if value == int(value) else format(Decimal(str(value)), "f")
 
 
+def level_name(text: str | None) -> str | None:
+    """MATH's way to write a level, of which others give the number alone."""
+    number = re.fullmatch(r"(\d+)(?:\.0*)?", text.strip()) if text else None
+    return f"Level {number[1]}" if number else text
+
+
 def gold(row: dict, keys: tuple[str, ...], where: str) -> str | list[str] | None:
     """The gold answer in the first of `keys` that holds one; a list where several answers are accepted."""
     for key in keys:
@@ -99,8 +106,8 @@ def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
         text, answer = prose(row, "problem", where), gold(row, ("answer",), where)
         level, subject, own = (label(row.get(key), key, where) for key in ("level", "subject", "unique_id"))
         if answer is not None:
-            level = f"Level {level}" if level and level.strip().isdecimal() else level
-            problems.append(Problem(own or f"{path.stem}/{len(problems)}", text, answer, level, subject))
+            own = own or f"{path.stem}/{len(problems)}"
+            problems.append(Problem(own, text, answer, level_name(level), subject))
         elif not may_lack_answers:  # MATH's train.jsonl has two
             raise UserError(f"{where}: 'answer' must be a text that is not empty")
     if len({p.id for p in problems}) < len(problems):

@@ -1,5 +1,6 @@
 """Errors, paths, text, JSON and JSONL: what every room reads and writes with."""
 
+import argparse
 import contextlib
 import gzip
 import json
@@ -24,8 +25,11 @@ SIGNATURES = {
 }
 
 
-class UserError(ValueError):
-    """A mistake that the user can mend; the message names the parameter, or the file and line."""
+class UserError(ValueError, argparse.ArgumentTypeError):
+    """A mistake that the user can mend; the message names the parameter, or the file and line.
+
+    By its second base argparse shows the message of one that is raised while it reads an argument.
+    """
 
 
 def first_line(error: object) -> str:
@@ -50,9 +54,12 @@ def absolute(path: str | Path) -> Path:
     counts from the current folder where it exists there, otherwise from the project's root."""
     try:
         path = Path(path).expanduser()
-    except RuntimeError as error:  # ~somebody
-        raise UserError(f"{path}: there is no such user's home folder") from error
-    return path.resolve() if path.is_absolute() or path.exists() else (PROJECT_ROOT / path).resolve()
+        return path.resolve() if path.is_absolute() or path.exists() else (PROJECT_ROOT / path).resolve()
+    except RuntimeError as error:
+        what = "a link that leads to itself" if "loop" in str(error) else "there is no such user's home folder"
+        raise UserError(f"{path}: {what}") from error
+    except OSError as error:
+        raise UserError(f"{shorten_path(path)[:200]}: {error.strerror}") from error
 
 
 # --- Text ----------------------------------------------------------------------------------------------------------

@@ -269,6 +269,20 @@ GOOD = [gsm8k(number) for number in range(20)]
         ("a.csv", 'question,answer\n"What?,1', [], "a.csv: not valid CSV"),
         ("a.csv", "question,answer\nWhat?,1\nWhy?,2,3\n", [], "a.csv: not valid CSV"),
         ("a.csv", "", [], "a.csv: not valid CSV"),
+        ("a.csv", "question,answer\nA, or B?,1\nC, or D?,2\n", [], "a.csv: not valid CSV: row 1, line 2, has 3 values"),
+        ("a.csv", "question,answer\nWhat?,1\nWhy?\n", [], "row 2, line 3, has 1 values for 2 columns"),
+        ("a.csv", 'question,answer\n"a \\"b\\" c",1\n', [], "a.csv: not valid CSV: line 2: "),
+        ("a.csv", "question,answer,answer\nWhat?,1,2\n", [], "first line must name the columns, each in another"),
+        ("a.csv", "question,answer\n", [], "a.csv: holds no rows"),
+        ("a.json", "[]", [], "a.json: holds no rows"),
+        ("a.json", '[{"question": "W"}, 3]', [], "must be a list of JSON objects, and row 2 is none"),
+        ("a.json", '{"data": [\n{"question": "W"}]}', [], "a list of JSON objects, and is one object with data"),
+        ("a.json", '[{"question": "\\ud83d", "answer": "1"}]', [], "a.json: not valid JSON"),
+        ("a.json", "[" * 100_000, [], "a.json: not valid JSON"),
+        ("a.jsonl", None, ["missing.parquet"], "missing.parquet: no such file"),
+        ("a.jsonl", None, ["--map", "trace=answer", "trace=question"], "trace=question: trace has a column already"),
+        ("a.jsonl", None, ["--repo", "some/set"], "--repo and --revision: say what comes from the hub"),
+        ("a.jsonl", None, ["--prompt-template", "~nobody-here/x"], "there is no such user's home folder"),
         ("a.parquet", "PAR1", [], "a.parquet: not valid PARQUET"),
         ("a.jsonl", None, ["--map", "problem"], "--map problem: must be FIELD=COLUMN, with a FIELD of problem, trace"),
         ("a.jsonl", None, ["--map", "colour=x"], "--map colour=x: must be FIELD=COLUMN"),
@@ -293,6 +307,128 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(
         run(monkeypatch, "gsm8k", tmp_path / "made", "--from", "a.jsonl" if name == "b.jsonl" else name, *arguments)
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+ADDING = [{"problem": problem(n)[0], "answer": str(sum(problem(n)[1:]))} for n in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("trace", "said", "right"),
+    [
+        ("I add them.", " I add them. </think> <answer> {} </answer>", 1),
+        (r"It is \boxed{{{}}}.", r" It is \boxed{{{}}}. </think> <answer> {} </answer>", 1),
+        (r"It is $\boxed {}$", r" It is $\boxed {}$ </think> <answer> {} </answer>", 1),
+        (r"It is \fbox{{{}}}.", r" It is \fbox{{{}}}. </think> <answer> {} </answer>", 1),
+        (r"It is \boxed{{99}}.", r" It is \boxed{{99}}. </think> <answer> 99 </answer>", 0),
+        ("<think>\nI add.\n</think>\n<answer>\n{}\n</answer>", " I add. </think> <answer> {} </answer>", 1),
+        ("I add.</think><answer>{}</answer>", " I add. </think> <answer> {} </answer>", 1),
+        ("I add. <answer>98</answer> No: <answer>{}</answer>.", None, 1),
+        (
+            r"<think>I add.</think> It is \boxed{{{}}}.",
+            " I add.\nIt is \\boxed{{{}}}. </think> <answer> {} </answer>",
+            1,
+        ),
+        ("<think>I add. </think> <answer> {} </answer>", " I add. </think> <answer> {} </answer>", 1),
+    ],
+)
+def test_a_trace_gets_the_form_and_keeps_its_own_answer(trace, said, right, tmp_path, monkeypatch):
+    rows = [row | {"trace": trace.format(row["answer"])} for row in ADDING]
+    run(monkeypatch, "files", tmp_path / "made", "--from", write(tmp_path / "a.jsonl", rows))
+    made = read(tmp_path / "made" / "sft.jsonl")
+    assert len(made) == 16
+    for row in made:
+        assert r1_zero_reward_fn(row["response"], row["ground_truth"])["format_reward"] == 1
+        assert r1_zero_reward_fn(row["response"], row["ground_truth"])["reward"] == right
+        assert said is None or row["response"] == said.format(*[row["ground_truth"]] * 2)
+    counts = json.loads((tmp_path / "made" / "SOURCE.json").read_text())["counts"]
+    assert counts.get("traces_given_the_gold_answer", 0) == 20 * (trace == "I add them.")
+
+
+@pytest.mark.parametrize("empty", [None, "", " "])
+def test_a_trace_that_answers_nothing_is_not_given_the_gold_answer(empty, tmp_path, monkeypatch):
+    rows = [garg(n) | {"reasoning_trace": "I add and then", "extracted_answer": empty} for n in range(20)]
+    run(monkeypatch, "garg", tmp_path / "made", "--from", write(tmp_path / "a.jsonl", rows))
+    assert {row["response"] for row in read(tmp_path / "made" / "sft.jsonl")} == {" I add and then"}
+    assert json.loads((tmp_path / "made" / "SOURCE.json").read_text())["counts"]["traces_without_an_answer"] == 20
+
+
+def test_a_validation_file_without_answers_is_not_replaced_by_a_part_of_the_training_file(
+    tmp_path, monkeypatch, capsys
+):
+    training = write(tmp_path / "a.jsonl", [{"problem": r["problem"], "gold": r["answer"]} for r in ADDING[:10]])
+    for name, rows, said in [
+        ("b.jsonl", ADDING[10:], "--map answer=gold: no validation row has a column gold; there are answer, problem"),
+        ("c.jsonl", [{"problem": r["problem"]} for r in ADDING[10:]], "no validation row has a column gold"),
+        (
+            "d.jsonl",
+            [{"problem": r["problem"], "gold": None} for r in ADDING[10:]],
+            "d.jsonl: no validation problem has",
+        ),
+    ]:
+        arguments = ["--validation", write(tmp_path / name, rows), "--map", "answer=gold"]
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "files", tmp_path / "made", "--from", training, *arguments)
+        assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "made").exists()
+
+
+def test_several_files_first_filled_columns_and_levels_with_a_dot(tmp_path, monkeypatch):
+    rows = [r | {"trace": "So.", "answer": None, "expected_answer": r["answer"], "level": "2.0"} for r in ADDING]
+    rows += [rows[0] | {"expected_answer": "12"}]
+    one, two = (tmp_path / name / "train.csv" for name in ("one", "two"))
+    two.parent.mkdir()
+    write(one, rows[:9])
+    write(two, rows[9:])
+    run(monkeypatch, "files", tmp_path / "made", "--from", one, "--from", two)
+    found = read(tmp_path / "made" / "train.jsonl") + read(tmp_path / "made" / "validation.jsonl")
+    assert len(found) == 20 and {row["level"] for row in found} == {"Level 2"}
+    assert {row["problem"]: row["answer"] for row in found} == {r["problem"]: r["answer"] for r in ADDING}
+    source = json.loads((tmp_path / "made" / "SOURCE.json").read_text())
+    assert sorted(source["files"]) == ["one/train.csv", "two/train.csv"]
+    assert source["counts"]["other_answers_to_the_same_problem"] == 1
+    assert source["prompt_template"] == "r1_zero.prompt"
+
+
+def test_one_problem_is_enough_to_train_on(tmp_path, monkeypatch):
+    rows = [row | {"trace": "So."} for row in ADDING]
+    training, validation = write(tmp_path / "a.jsonl", rows[:1]), write(tmp_path / "b.jsonl", rows[1:])
+    run(monkeypatch, "files", tmp_path / "made", "--from", training, "--validation", validation)
+    assert len(read(tmp_path / "made" / "sft.jsonl")) == 1
+
+
+def test_a_template_with_windows_line_ends_serves_data_and_evaluation(tmp_path, monkeypatch):
+    template = tmp_path / "own.prompt"
+    template.write_bytes(b"Q: {question}\r\nA:\r\n")
+    training = write(tmp_path / "a.jsonl", [gsm8k(number) for number in range(20)])
+    run(monkeypatch, "gsm8k", tmp_path / "made", "--from", training, "--prompt-template", template)
+    examples, found = load_examples(tmp_path / "made", str(template))
+    assert found.fill("Why?") == "Q: Why?\nA:" and len(examples) == 16
+
+
+def test_half_a_download_is_not_a_data_set(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    write(tmp_path / "cache" / "sft-reason" / "sft_gpt-oss-120b.jsonl", [garg(n) for n in range(20)])
+    write(tmp_path / "cache" / "sft-reason" / "val.jsonl", [garg(n) for n in range(20, 25)])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "cache"))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "garg", tmp_path / "made")
+    assert "there, or in the cache, is no sft-reason/train.jsonl;" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_that_can_t_be_written_is_named(tmp_path, monkeypatch, capsys):
+    training = write(tmp_path / "a.jsonl", GOOD)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "parts.parquet").mkdir()
+    for folder, source, said in [
+        (training / "made", training, "a.jsonl: "),
+        (tmp_path / "loop" / "made", training, "a link that leads to itself"),
+        (tmp_path / ("x" * 300), training, "File name too long"),
+        (tmp_path / "made", tmp_path / "parts.parquet", "parts.parquet: is a folder; name the files in it"),
+    ]:
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "gsm8k", folder, "--from", source)
+        assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path, monkeypatch, capsys):
