@@ -395,6 +395,12 @@ def test_a_template_asks_once(data_dir, tmp_path):
             load_examples(data_dir, str(tmp_path / "own.prompt"))
 
 
+@pytest.mark.parametrize("level", ["Level 2", "2", " 2 ", "2.0", "2.", 2, 2.0])
+def test_a_level_is_named_as_math_does(level, data_dir):
+    write_rows(data_dir / "validation.jsonl", [{"problem": "1+1?", "answer": "2", "level": level}])
+    assert load_problems(data_dir / "validation.jsonl")[0].level == "Level 2"
+
+
 def test_nothing_is_tuned_on_a_near_duplicate_of_validation(data_dir):
     examples, _ = load_examples(data_dir)
     validation = mini_rows("validation.jsonl", 24)

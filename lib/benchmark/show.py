@@ -81,12 +81,19 @@ def tabulate(rows: list[dict], *parts: str) -> pd.DataFrame:
     lines = []
     for row in (row for row in rows if row["part"] in parts):
         who = "trained" if row.get("trained") else WHO.get(row["part"], "")
+        who += ", other weights" if have_other_weights(row, rows) else ""
         line = {"": who, "variant": row["variant"]}
         line |= {heading: write(row[key], form) for key, (heading, form) in COLUMNS.items() if key in row}
         lines.append(line | ({"failed": row["error"]} if "error" in row else {"device": row["device"]}))
     order = ["", "variant", *(heading for heading, _ in COLUMNS.values()), "device", "failed"]
     frame = pd.DataFrame(lines).fillna("")
     return frame[[name for name in order if name in frame and frame[name].any()]]
+
+
+def have_other_weights(row: dict, rows: list[dict]) -> bool:
+    """Whether TRL's row was measured with other weights than ours: its speed can be compared, its loss can't."""
+    ours = [found["mean_loss"] for found in measured(rows, "ours").values() if "mean_loss" in found]
+    return row["part"] == "trl" and "mean_loss" in row and bool(ours) and abs(row["mean_loss"] - ours[0]) > 0.5
 
 
 def compare_with_goals(rows: list[dict]) -> pd.DataFrame:

@@ -183,6 +183,12 @@ def test_a_failed_variant_is_a_line_that_says_why():
     assert memory["failed"].tolist() == ["", "not measured within 30 s"]
 
 
+def test_rows_of_other_weights_say_so():
+    measured = [row | {"mean_loss": 10.1 if row["variant"] == FAST else 0.6} for row in made_up() if "error" not in row]
+    who = show.tabulate(measured, "ours", "trl").set_index("variant")[""]
+    assert (who[FAST], who[SLOW], who[rows.FULL]) == ("TRL, other weights", "TRL", "ours")
+
+
 def test_goals_tell_met_from_missed():
     goals = show.compare_with_goals(made_up()).set_index("what")
     assert goals.loc["times the tokens/s of TRL at its fastest"].tolist() == ["1.50", "at least 1.3", "met"]
