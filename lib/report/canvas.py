@@ -55,7 +55,7 @@ def look(size: str) -> Look:
     if size == "base":
         return Look("zero-shot base", GREY, ":", "*")
     if size.startswith("filtered"):
-        return Look("filtered", VERMILION, "--", "p")
+        return Look(size.replace("filtered", "filtered ").strip(), VERMILION, "--", "p" if size == "filtered" else "h")
     if size == "control":
         return Look("control", PURPLE, "-.", "<")
     return Look(size.replace("n", "n = "), shade(size), "-", MARKERS.get(size, "P"))

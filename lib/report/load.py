@@ -69,7 +69,9 @@ class Study:
 
     @property
     def profile(self) -> str:
-        return self.finished[0].parameters.get("profile", "")
+        """That of all finished runs; empty where they differ."""
+        profiles = {run.parameters.get("profile", "") for run in self.finished}
+        return profiles.pop() if len(profiles) == 1 else ""
 
 
 def load(runs_dir) -> Study:
@@ -195,11 +197,24 @@ def records(path: Path) -> pd.DataFrame:
     return pd.DataFrame(read_lines(path), columns=RECORD)
 
 
+def are_whole(line) -> bool:
+    """Whether the answers behind an evaluation line are there, as many and as often right as it says."""
+    rows = records(line.path)
+    return len(rows) == line.n * line.samples and rows["correct"].sum() == line.correct
+
+
+def lost_answers(study: Study) -> list[tuple[str, int]]:
+    """Runs and steps of the lines that the report's numbers are from whose answers are not whole."""
+    lines = pd.concat([final_lines(study, decoding) for decoding in ("sampled", "greedy")])
+    lines = lines[["run", "train_step", "path", "n", "samples", "correct"]].itertuples()
+    return list(dict.fromkeys((line.run, line.train_step) for line in lines if not are_whole(line)))
+
+
 def cells(lines: pd.DataFrame, column: str = "correct") -> pd.DataFrame:
     """The share of `column` over the samples of each problem that every seed answered: rows problems, columns seeds.
-    `lines`: a seed each. Empty where the answers of a seed are gone or don't have the column."""
-    tables = {seed: records(path) for path, seed in zip(lines["path"], lines["seed"], strict=True)}
-    if any(rows.empty or rows[column].isna().any() for rows in tables.values()):
+    `lines`: a seed each. Empty where the answers of a seed are not whole or don't have the column."""
+    tables = {line.seed: records(line.path) for line in lines.itertuples() if are_whole(line)}
+    if len(tables) < len(lines) or any(rows.empty or rows[column].isna().any() for rows in tables.values()):
         return pd.DataFrame()
     shares = {seed: rows[column].astype(float).groupby(rows["id"]).mean() for seed, rows in tables.items()}
     return pd.DataFrame(shares).dropna()

@@ -15,9 +15,11 @@ from lib.settings import INCIDENTAL
 
 # What may differ between the runs of one study: what the study varies, what no number hangs on, and what `gaps` says.
 OWN_PARAMETERS = {"n", "filtered", "seed", "git_dirty"} | INCIDENTAL - {"train_device", "eval_device"}
+PROOFS = ("weights", "problems", "template", "grader")  # in a base's settings: digests, equal where these are the same
 NESTED = {"versions", "memory", "sleep", "reserved"}  # parts of the environment, and what in them changes no number
 SHARES = {"accuracy": "correct", "format_rate": "format", "lenient_accuracy": "lenient"}  # a line's key: a record's
 MEASURED = ["examples_seen", "n", *VERDICTS, *SHARES, "mean_tokens"]
+SEVERAL = ["pass_at_k", "seed_share", "sampling_share"]  # what several seeds or samples tell
 FILTER_PAIRS = (("full", "filtered"), ("full", "control"), ("control", "filtered"))
 
 
@@ -40,11 +42,14 @@ def final(study: Study, decoding: str = "sampled") -> pd.DataFrame:
 
 def over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Evaluation lines over seeds, one row for each of `keys`: means, 95 % intervals of shares (`accuracy_low`, ...),
-    `undecided` in all, what `several_samples` tell. NaN is what was not measured."""
+    `undecided` in all, what `several_samples` tell. NaN is what was not measured.
+
+    Shares with an interval are of the `problems` that every seed answered, as the interval is.
+    """
     measured = [*MEASURED, "undecided"]
     rows = rows.reindex(columns=[*dict.fromkeys([*keys, "seed", "path", "samples", *measured])])
     rows = rows.astype(dict.fromkeys(measured, float))  # None, where nothing was, is NaN
-    table = []
+    table, others = [], ["seeds", "samples", "undecided", "problems", "lowest", "highest", *SEVERAL]
     for values, group in rows.groupby(keys, sort=False):
         row = dict(zip(keys, values, strict=True)) | group[MEASURED].mean().to_dict()
         row |= {
@@ -52,16 +57,22 @@ def over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
             "samples": group["samples"].max(),
             "undecided": group["undecided"].sum(min_count=1),
         }
-        row |= {"lowest": group["accuracy"].min(), "highest": group["accuracy"].max()}
-        row |= dict.fromkeys(["pass_at_k", "seed_share", "sampling_share"], np.nan)
+        row |= {"lowest": group["accuracy"].min(), "highest": group["accuracy"].max(), "problems": row["n"]}
+        row |= dict.fromkeys(SEVERAL, np.nan)
+        verdicts = group[[*VERDICTS]].div(group["samples"], axis=0)  # each seed counts the same
+        row |= verdicts.mean().to_dict()
         for key, column in SHARES.items():
             found = cells(group, column).to_numpy().T
             mean = mean_share(found) if found.size else None
             row[f"{key}_low"], row[f"{key}_high"] = (mean.low, mean.high) if mean else (np.nan, np.nan)
+            if mean and (group["n"] != found.shape[1]).any():
+                row[key] = mean.value
             if key == "accuracy" and mean:
+                row["problems"] = found.shape[1]
                 row |= {"seed_share": mean.seed_share, **several_samples(found, group["samples"].to_numpy(), mean)}
         table.append(row)
-    return pd.DataFrame(table)
+    columns = [*keys, *MEASURED, *others, *(f"{key}_{end}" for key in SHARES for end in ("low", "high"))]
+    return pd.DataFrame(table, columns=None if table else columns)
 
 
 def several_samples(shares: np.ndarray, samples: np.ndarray, mean: Estimate) -> dict[str, float]:
@@ -160,11 +171,14 @@ def trend_over_n(study: Study) -> Estimate | None:
 
 
 def by_subject_and_level(study: Study) -> pd.DataFrame:
-    """Columns size, subject, level, n, correct of the final answers, over seeds; empty for data without either."""
-    lines = final_lines(study)
-    rows = pd.concat(records(line.path).assign(size=line.size) for line in lines[["size", "path"]].itertuples())
-    rows = rows[["size", "subject", "level", "correct"]].dropna().astype({"correct": float})
-    return rows.groupby(["size", "subject", "level"])["correct"].agg(n="size", correct="sum").reset_index()
+    """Columns size, subject, level, n, correct of the final answers, over seeds, each of which counts the same however
+    many samples it has. Empty for data without either."""
+    lines = final_lines(study)[["size", "seed", "path"]].itertuples()
+    rows = pd.concat(records(line.path).assign(size=line.size, seed=line.seed) for line in lines)
+    rows = rows[["size", "seed", "id", "subject", "level", "correct"]].dropna().astype({"correct": float})
+    once = rows.groupby(["size", "seed", "id", "subject", "level"])["correct"].agg(n="size", share="mean")
+    table = once.groupby(["size", "subject", "level"]).agg(n=("n", "sum"), share=("share", "mean")).reset_index()
+    return table.assign(correct=(table["share"] * table["n"]).round(6)).drop(columns="share")
 
 
 def costs(study: Study) -> pd.DataFrame:
@@ -185,18 +199,28 @@ def costs(study: Study) -> pd.DataFrame:
 
 
 def settings_by_run(study: Study) -> pd.DataFrame:
-    """Settings, versions and machines of the finished runs as text; rows are settings, columns runs. Left out: which of
-    a machine's GPUs a run had, as runs side by side take turns, and epochs where they differ to match steps."""
-    columns = {}
+    """Settings, versions and machines of the finished runs as text, and what their base proves (`PROOFS`); rows are
+    settings, columns runs. Left out: which of a machine's GPUs a run had, as runs side by side take turns, and epochs
+    where they differ to match steps."""
+    columns, bases = {}, {run.name: base_settings(study, run) for run in study.finished}
+    proofs = [name for name in PROOFS if all(name in base for base in bases.values())]
     for run in study.finished:
         environment = run.environment
         settings = environment | environment.get("versions", {}) | run.parameters | environment.get("memory", {})
+        settings |= {name: bases[run.name][name] for name in proofs}
         columns[run.name] = {name: shown_path(value) for name, value in settings.items()}
     table = pd.DataFrame(columns, dtype=object).map(str)
     devices = table.index.intersection(["train_device", "eval_device"])
     table.loc[devices] = table.loc[devices].map(lambda device: device.partition(":")[0])
     unlisted = OWN_PARAMETERS | NESTED | ({"epochs"} if steps_matched(study.finished) else set())
     return table.drop(index=unlisted, errors="ignore")
+
+
+def base_settings(study: Study, run: RunFolder) -> dict:
+    """What the base was measured with that a run measured or reused; empty where its folder is gone."""
+    reused = next((line["reused_from"] for line in run.evaluations if line.get("reused_from")), None)
+    found = [read_json(path) for path in study.folder.glob(f"{reused or 'base-*'}/settings.json")]
+    return next((base for base in found if reused or base.get("measured_by") == run.name), {})
 
 
 def steps_matched(runs: list[RunFolder]) -> bool:

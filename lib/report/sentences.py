@@ -7,7 +7,7 @@ import numpy as np
 
 from lib.files import absolute
 from lib.report import numbers
-from lib.report.load import SIZES, Study, shown_path
+from lib.report.load import SIZES, Study, lost_answers, shown_path
 from lib.report.numbers import Comparison
 from lib.report.tables import listed, named, p_text, percent, points, published, signed, with_interval
 
@@ -79,6 +79,7 @@ def finding_of_filter(study: Study, changes: dict[tuple[str, str], Comparison]) 
     if change is None:
         lacking = [named(size) for size in ("full", "filtered") if size not in study.sizes]
         why = f"no finished run for {listed(lacking)}" if lacking else "no seed and problem in common"
+        why = "answers are missing" if not lacking and lost_answers(study) else why
         return f"Whether filtering helps can't be said: {why}."
     traces = numbers.final(study)["selected"]
     text = (
@@ -122,16 +123,27 @@ def caution(study: Study) -> str:
             "(subset, order, chance), problems and the sampling of answers together: variance components of seeds and "
             "problems with Satterthwaite's degrees of freedom."
         )
-        text += " Where a size has one seed, its interval lacks the part of training." if seeds[0] == 1 else ""
+        if seeds[0] == 1:
+            text += (
+                " Where a size has one seed, its interval lacks the part of training, and its differences take that "
+                "part from the other size: such intervals are too short more often than one time in twenty."
+            )
     text += " A difference is clear where p, adjusted for its family of comparisons (Holm), is below 5 %."
     return f"*{text}{steps_words(study)}*"
 
 
 def steps_words(study: Study) -> str:
     """Whether the number of traces and the length of training are one thing; nothing with one size."""
-    runs = [study.of_size(size)[0] for size in study.unfiltered]
-    if len(runs) < 2 or not all(run.steps for run in runs):
+    by_size = {size: study.of_size(size) for size in study.unfiltered}
+    runs = [run for of_size in by_size.values() for run in of_size]
+    if len(by_size) < 2 or not all(run.steps for run in runs):
         return ""
+    unlike = [size for size, same in by_size.items() if len(same) > 1 and not numbers.steps_matched(same)]
+    if unlike:
+        return (
+            f" **Seeds of {listed(map(named, unlike))} were trained for different numbers of optimizer steps**, so "
+            "their means are over unlike runs."
+        )
     if numbers.steps_matched(runs):
         most = max(run.steps for run in runs)
         return f" Every set is trained for {most} optimizer steps, or nearly so, and so for unequal epochs."
@@ -160,6 +172,11 @@ def gaps(study: Study) -> str:
         lines.append("**Seeds differ between sizes**, as the table of runs shows.")
     lines += differing_settings(study)
     lines += [
+        f"**{'The base' if name == 'base' else name}**: the answers of the evaluation at step {step} are gone, or not "
+        "those that it counted. Its size has no interval and no comparison."
+        for name, step in lost_answers(study)
+    ]
+    lines += [
         f"**{row.run}**: the evaluation at step {row.train_step} counts {row.graded} of {row.n * row.samples} answers; "
         "it is left out everywhere."
         for row in study.incomplete.itertuples()
@@ -184,7 +201,8 @@ def differing_settings(study: Study) -> list[str]:
         runs = {value: listed(texts.index[texts == value]) for value in texts.unique()}
         most, number = texts.mode()[0], texts.value_counts().max()
         runs |= {most: f"the other {number} runs"} if number > MOST_NAMED else {}
-        values = "; ".join(f"{value[: 10 if name == 'git_commit' else None]} ({runs[value]})" for value in runs)
+        length = 10 if name in ("git_commit", *numbers.PROOFS) else None
+        values = "; ".join(f"{value[:length]} ({runs[value]})" for value in runs)
         lines.append(f"**Runs differ** in `{name}`: {values}.")
     dirty = [run.name for run in study.finished if run.environment.get("git_dirty")]
     return lines + ([f"Made from a working tree with uncommitted changes: {listed(dirty)}."] if dirty else [])
@@ -229,8 +247,11 @@ def trend_words(study: Study) -> str:
     if not found:
         return ""
     factor, low, high = (f"{np.exp(value):.2f}" for value in (found.value, found.low, found.high))
+    table = numbers.final(study)
+    used = [size for size in study.unfiltered if not np.isnan(table.loc[size, "accuracy_low"])]
+    which = "all sizes" if used == study.unfiltered else listed(map(named, used))
     return (
-        f"Over all sizes together, each doubling of n multiplies the odds of a right answer by **{factor}** (95 % "
+        f"Over {which} together, each doubling of n multiplies the odds of a right answer by **{factor}** (95 % "
         f"interval {low} to {high}, {p_text(found.p)})."
     )
 

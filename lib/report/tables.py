@@ -93,6 +93,7 @@ def final_table(study: Study) -> str:
     for size, row in sampled.iterrows():
         spread = f" ({row['lowest'] * 100:.1f}–{row['highest'] * 100:.1f})" if row["seeds"] > 1 else ""
         theirs = others.loc[others["size"] == size, "accuracy"]
+        of_seeds = row["seed_share"] if row["seeds"] > 2 else float("nan")  # two seeds can't tell
         rows.append(
             {
                 "trained on": "nothing (base)" if size == "base" else named(size),
@@ -103,7 +104,8 @@ def final_table(study: Study) -> str:
                 "lenient reading": percent(row["lenient_accuracy"]),
                 "right in any sample": percent(row["pass_at_k"]),
                 "greedy": percent(greedy["accuracy"].get(size)),
-                "variance: training, sampling": f"{percent(row['seed_share'], 0)}, {percent(row['sampling_share'], 0)}",
+                "problems": f"{row['problems']:,.0f}" if sampled["problems"].nunique() > 1 else "–",
+                "variance: training, sampling": f"{percent(of_seeds, 0)}, {percent(row['sampling_share'], 0)}",
                 "others": listed(map(percent, theirs)) or "–",
             }
         )

@@ -15,6 +15,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from lib import offline_models
+from lib.evaluation.verdicts import VERDICTS
 from lib.files import PROJECT_ROOT, UserError
 from lib.report import canvas, figures, numbers, sentences, tables
 from lib.report.load import SIZES, cells, final_lines, load
@@ -434,6 +435,110 @@ def test_answers_are_read_once_for_all_seeds(many):
     assert numbers.by_subject_and_level(many).set_index("size").loc["full", "n"].sum() == 3 * 300 * SAMPLES
     lines = final_lines(many)
     assert cells(lines[lines["size"] == "full"]).shape == (300, 3)
+
+
+def change(path, **values):
+    """In every line of a JSONL file, or in its only object."""
+    if path.suffix == ".jsonl":
+        lines = [json.loads(line) | values for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        write_json(path, json.loads(path.read_text()) | values)
+
+
+def test_a_study_without_greedy_answers_has_a_report(tmp_path):
+    runs = fabricate(tmp_path, {size: PLANS[size] for size in ("n128", "full")})
+    for path in runs.glob("*/evaluations.jsonl"):
+        path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if '"greedy"' not in line))
+    study = load(runs)
+    sampled, greedy = numbers.final(study), numbers.final(study, "greedy")
+    assert greedy.empty and "greedy" not in tables.final_table(study)
+    figures.final_accuracy(sampled, greedy, final_lines(study), tables.published(study))
+    assert all(found.greedy is None for found in numbers.comparisons(study).values())
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut", "changed"])
+def test_answers_that_are_not_those_of_their_line_are_named_and_give_no_interval(harm, tmp_path):
+    runs = fabricate(tmp_path, {size: PLANS[size] for size in ("n128", "n256", "full", "filtered")}, seeds=(0, 1))
+    line = final_lines(load(runs)).set_index("run").loc["full"]
+    lines = line["path"].read_text().splitlines()
+    text = {"cut": "\n".join(lines[: len(lines) // 2]) + "\n", "changed": line["path"].read_text()}.get(harm)
+    line["path"].unlink() if text is None else line["path"].write_text(
+        text.replace('"correct": true', '"correct": false', 3)
+    )
+    study = load(runs)
+    assert f"**full**: the answers of the evaluation at step {line['train_step']} are gone" in sentences.gaps(study)
+    row = numbers.final(study).loc["full"]
+    assert np.isnan(row["accuracy_low"]) and tables.with_interval(row) == tables.percent(row["accuracy"])
+    assert not any("full" in pair for pair in numbers.comparisons(study))
+    assert "Whether filtering helps can't be said: answers are missing." in sentences.finding(study)
+    assert "Over all sizes" not in sentences.trend_words(study)
+
+
+def test_a_value_lies_in_its_interval_where_seeds_answered_other_problems(tmp_path):
+    runs = fabricate(tmp_path, {"n128": PLANS["n128"], "full": PLANS["full"]}, seeds=(0, 1))
+    line = final_lines(load(runs)).set_index("run").loc["full"]
+    rows = [json.loads(text) for text in line["path"].read_text().splitlines()][:60]
+    line["path"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = runs / "full" / "evaluations.jsonl"
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    lines = [
+        one | counts | {"n": 60, "accuracy": counts["correct"] / 60}
+        if one["records"] == f"evaluations/{line['path'].name}"
+        else one
+        for one in lines
+    ]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    study = load(runs)
+    row = numbers.final(study).loc["full"]
+    assert row["problems"] == 60 and row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
+    assert "| problems |" in tables.final_table(study)
+
+
+def test_unlike_seeds_of_a_size_are_named(tmp_path):
+    runs = fabricate(tmp_path, {"n128": PLANS["n128"], "full": PLANS["full"]}, seeds=(0, 1))
+    config = json.loads((runs / "n128" / "config.json").read_text())
+    config["data"]["train_steps"] *= 7
+    write_json(runs / "n128" / "config.json", config)
+    words = sentences.steps_words(load(runs))
+    assert "Seeds of n\u00a0=\u00a0128 were trained for different numbers of optimizer steps" in words
+
+
+def test_bases_that_prove_different_things_are_named(tmp_path):
+    runs = fabricate(tmp_path, {"n128": PLANS["n128"], "full": PLANS["full"]})
+    for name, by, problems in (("ba5e", "n128", "a" * 64), ("0123456789ab", "another", "b" * 64)):
+        assert "`problems`" not in sentences.gaps(load(runs)), "one base is not there"
+        (runs / f"base-{name}").mkdir()
+        proofs = {"weights": "w", "problems": problems, "template": "t", "grader": "g", "measured_by": by}
+        write_json(runs / f"base-{name}" / "settings.json", proofs)
+    words = sentences.gaps(load(runs))
+    assert "**Runs differ** in `problems`: aaaaaaaaaa (n128); bbbbbbbbbb (full)." in words
+    assert "`weights`" not in words and "`grader`" not in words
+
+
+def test_a_seed_with_more_samples_weighs_no_more(tmp_path):
+    one, four = (fabricate(tmp_path / str(k), {"full": PLANS["full"]}, seeds=(k,), samples=k) for k in (1, 4))
+    shutil.copytree(four / "full-seed4", one / "full-seed4")
+    study = load(one)
+    alone = [numbers.by_subject_and_level(load(folder)).query("size == 'full'") for folder in (one, four)]
+    alone[0] = numbers.by_subject_and_level(
+        load(fabricate(tmp_path / "again", {"full": PLANS["full"]}, seeds=(1,), samples=1))
+    )
+    shares = [found.query("size == 'full'").set_index(["subject", "level"]) for found in alone]
+    both = numbers.by_subject_and_level(study).query("size == 'full'").set_index(["subject", "level"])
+    mean = sum(found["correct"] / found["n"] for found in shares) / 2
+    assert (both["correct"] / both["n"]).to_numpy() == pytest.approx(mean.to_numpy())
+    row = numbers.final(study).loc["full"]
+    assert row[list(VERDICTS)].sum() == pytest.approx(row["n"])
+
+
+def test_two_filtered_sets_look_unlike_and_two_profiles_are_none(tmp_path):
+    assert canvas.look("filtered") != canvas.look("filtered512")
+    runs = fabricate(tmp_path, {"n128": PLANS["n128"], "full": PLANS["full"]})
+    config = json.loads((runs / "n128" / "config.json").read_text())
+    write_json(runs / "n128" / "config.json", config | {"parameters": config["parameters"] | {"profile": "other"}})
+    assert load(runs).profile == "" and sentences.target_accuracy(load(runs)) is None
 
 
 # --- Words that follow the outcome ---------------------------------------------------------------------------------
