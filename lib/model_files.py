@@ -36,6 +36,7 @@ def check_model(model: str, revision: str | None, trust_remote_code: bool, param
         raise UserError(f"{what}: can't be loaded: {first_line(error)}{hint}") from error
     if shapes:
         _check_shapes(config.get_text_config(), tokenizer, shapes, what)
+        _check_tensors(config, shapes, trust_remote_code, what)
 
 
 def _read_shapes(folder: Path, what: str) -> dict[str, list[int]]:
@@ -45,7 +46,7 @@ def _read_shapes(folder: Path, what: str) -> dict[str, list[int]]:
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise UserError(f"{what}: no tokenizer in this folder")
     objects = {name: read_json(folder / name) for name in OBJECTS}
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not weights:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         reason = "only pickled weights, which are not loaded because they can run code" if pickled else "no weights"
@@ -62,6 +63,8 @@ def _read_shapes(folder: Path, what: str) -> dict[str, list[int]]:
     if not isinstance(places, dict) or not places:
         raise UserError(f"{what}: {INDEX} has no weight_map")
     for name, file in places.items():
+        if not isinstance(file, str):
+            raise UserError(f"{what}: {INDEX} names no file for {name}")
         if file not in shards:
             raise UserError(f"{what}: {file} is missing")
         if name not in shards[file]:
@@ -93,6 +96,41 @@ def _check_shapes(config, tokenizer, shapes: dict[str, list[int]], what: str) ->
         raise UserError(f"{what}: {embedding} is {rows} x {width}, {config.vocab_size} x {asked} by config.json")
     if (largest := max(tokenizer.get_vocab().values())) >= rows:
         raise UserError(f"{what}: the tokenizer has ids up to {largest}, the weights' embedding only {rows} rows")
+
+
+def _check_tensors(config, shapes: dict[str, list[int]], trust_remote_code: bool, what: str) -> None:
+    """UserError where the architecture of config.json has a tensor that the weights lack, or have in another shape.
+
+    transformers would make up what is missing, and it would be trained from there. Weights whose tensors it renames on
+    loading are left to its own report (`policy.load_policy`).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{what}: its weights are quantized (quantization_config in config.json); full ones are needed")
+    try:
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a class that does not exist, numbers that don't fit each other
+        reason = first_line(error).partition(" Model type should be")[0]
+        raise UserError(f"{what}: no causal language model can be made of config.json: {reason[:200]}") from error
+    renamed = [pattern for step in get_model_conversion_mapping(made) for pattern in step.source_patterns]
+    if any(re.search(pattern, name) for pattern in renamed for name in shapes):
+        return
+    prefix, optional = f"{made.base_model_prefix}.", "|".join(made._keys_to_ignore_on_load_missing or ()) or "(?!)"
+    for name, tensor in made.state_dict().items():
+        found = next((shapes[n] for n in (name, name.removeprefix(prefix)) if n in shapes), None)
+        if found is None and name not in made.all_tied_weights_keys and not re.search(optional, name):
+            raise UserError(f"{what}: the weights lack {name}, which config.json asks for")
+        if found is not None and list(found) != list(tensor.shape):
+            sizes = " x ".join(map(str, found)), " x ".join(map(str, tensor.shape))
+            raise UserError(f"{what}: {name} is {sizes[0]} in the weights, {sizes[1]} by config.json")
+    kept = {found[1] for name in made.state_dict() if (found := LAYER.search(name))}
+    more = [name for name in shapes if (found := LAYER.search(name)) and kept and found[1] not in kept]
+    if more:
+        raise UserError(f"{what}: the weights have {more[0]}, a layer that config.json does not know")
 
 
 def fingerprint(folder: str | Path) -> str | None:

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from lib.files import UserError, shorten_path
 from lib.model_files import check_model, fingerprint, hub_commit
 from lib.settings import resolve
+from lib.training.policy import load_policy
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 10244312\n"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,6 +68,15 @@ def smaller_embedding(folder):
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
+def drop(folder, name):
+    save_file({n: t for n, t in load_file(folder / WEIGHTS).items() if n != name}, folder / WEIGHTS, {"format": "pt"})
+
+
+def rename(folder, prefix):
+    tensors = {prefix + n: t for n, t in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
 BROKEN = {
     "weights: pointer": (change_bytes(WEIGHTS, lambda b: POINTER), r"model\.safetensors: is a Git LFS pointer"),
     "weights: one byte less": (change_bytes(WEIGHTS, lambda b: b[:-1]), r"model\.safetensors is cut off"),
@@ -109,6 +119,33 @@ BROKEN = {
     "tokenizer: cut off": (change_bytes("tokenizer.json", lambda b: b[:5000]), r"tokenizer\.json.*not valid JSON"),
     "tokenizer: another JSON": (change_bytes("tokenizer.json", lambda b: b'{"a": 1}'), "can't be loaded: "),
     "tokenizer: larger than the embedding": (more_tokens, "ids up to 1536, .* only 1536 rows"),
+    "weights: a tensor missing": (
+        lambda f: drop(f, "model.layers.0.mlp.down_proj.weight"),
+        r"lack model\.layers\.0\.mlp\.d",
+    ),
+    "weights: all renamed": (
+        lambda f: rename(f, "other."),
+        r"the weights lack model\.layers\.0|lack model\.embed_tokens",
+    ),
+    "weights: a folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "no weights in this folder"),
+    "config: fewer layers": (
+        lambda f: change_config(f, num_hidden_layers=1, layer_types=["full_attention"]),
+        r"the weights have model\.layers\.1\.\S+, a layer that config.json does not know",
+    ),
+    "config: inner width": (
+        lambda f: change_config(f, intermediate_size=64),
+        r"mlp\.\S+ is \d+ x \d+ in the weights, 64 x 64",
+    ),
+    "config: heads": (
+        lambda f: change_config(f, num_key_value_heads=2),
+        r"k_proj\.weight is \d+ x 64 in the weights, \d+",
+    ),
+    "config: quantized": (
+        lambda f: change_config(f, quantization_config={"quant_method": "gptq"}),
+        "weights are quantized",
+    ),
+    "config: no causal model": (lambda f: change_config(f, model_type="t5"), "no causal language model can be made"),
+    "index: a list as a file": (lambda f: split(f, {"model.norm.weight": ["a"]}), r"names no file for model\.norm"),
     "embedding smaller than both": (smaller_embedding, r"embed_tokens.weight is 1000 x 64, 1536 x 64 by config"),
 }
 
@@ -133,6 +170,32 @@ def test_whole_models_pass(model):
     check_model(str(model), None, False)
     split(model)
     check_model(str(model), None, False)
+
+
+def test_weights_under_other_names_that_transformers_knows_pass(tmp_path):
+    """Without the prefix of a base model, and in the names of an older version."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, Qwen2Config
+
+    shape = {"vocab_size": 1536, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    for config, old, new in [
+        (Qwen2Config(**shape, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True), "model.", ""),
+        (GPTNeoXConfig(**shape, num_attention_heads=2), "lm_head.", "embed_out."),
+    ]:
+        folder = tmp_path / config.model_type
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained("lib/mini/model").save_pretrained(folder)
+        tensors = load_file(folder / WEIGHTS)
+        save_file({n.replace(old, new, 1): t for n, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+        check_model(str(folder), None, False)
+        load_policy(str(folder), "cpu")
+
+
+def test_weights_that_are_no_numbers_are_refused(model):
+    tensors = load_file(model / WEIGHTS)
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, model / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UserError, match=r"model='\S+': model\.norm\.weight holds numbers that are not finite"):
+        load_policy(str(model), "cpu")
 
 
 def test_an_error_without_text_is_told_by_its_kind(model, monkeypatch):

@@ -9,7 +9,7 @@ from torch._functorch import config as compiler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lib.files import UserError
+from lib.files import UserError, first_line
 from lib.training import attention
 from lib.training.batching import Microbatch, Sequence, pack
 from lib.training.reference import compute_entropy, get_response_log_probs
@@ -39,7 +39,15 @@ def load_policy(
     """
     # fp32: at the learning rates of fine-tuning most updates are smaller than bf16 can resolve.
     own = {"trust_remote_code": trust_remote_code, "revision": revision}
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True, **own)
+    own |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    try:
+        policy, report = AutoModelForCausalLM.from_pretrained(model, **own)
+    except (ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise UserError(f"model={model!r}: can't be loaded: {type(error).__name__}: {first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers makes them up
+        raise UserError(f"model={model!r}: its weights lack {missing[0]}, which its architecture needs")
+    if broken := next((name for name, weights in policy.named_parameters() if not weights.isfinite().all()), None):
+        raise UserError(f"model={model!r}: {broken} holds numbers that are not finite")
     policy = policy.to(device).eval()  # no dropout: training draws no random numbers
     policy.set_attn_implementation(attention.NAME)
     if policy.config._attn_implementation != attention.NAME:  # transformers only warns
@@ -79,7 +87,7 @@ def _check_packing(policy: nn.Module, model: str) -> None:
         packed, _ = response_log_probs(policy, pack([Sequence("", row, 1) for row in ids.tolist()]).to(policy.device))
         alone = get_response_log_probs(policy, ids[:, :-1], ids[:, 1:])["log_probs"]  # (2, 31)
     gap = (packed - alone.flatten()).abs().max().item()
-    if gap > PACKING_TOLERANCE:
+    if not gap <= PACKING_TOLERANCE:  # or it is no number
         raise UserError(
             f"model={model!r}: its architecture can't be trained on packed sequences: their log-probabilities differ "
             f"by {gap:.2g} nats from those of the model itself"
