@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+LONGEST_NAME = 255  # bytes of a file's or a folder's name
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 # How files begin that are no plain text.
 SIGNATURES = {
@@ -54,6 +56,8 @@ def absolute(path: str | Path) -> Path:
     counts from the current folder where it exists there, otherwise from the project's root."""
     try:
         path = Path(path).expanduser()
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         return path.resolve() if path.is_absolute() or path.exists() else (PROJECT_ROOT / path).resolve()
     except RuntimeError as error:
         what = "a link that leads to itself" if "loop" in str(error) else "there is no such user's home folder"

@@ -110,6 +110,8 @@ def _check_tensors(config, shapes: dict[str, list[int]], trust_remote_code: bool
 
     if getattr(config, "quantization_config", None):
         raise UserError(f"{what}: its weights are quantized (quantization_config in config.json); full ones are needed")
+    if getattr(config, "auto_map", None):  # the model's own code, which says itself what it needs
+        return
     try:
         with torch.device("meta"):
             made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

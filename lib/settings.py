@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 from lib.environment import count_gpus
-from lib.files import PROJECT_ROOT, UserError, absolute, shorten_path
+from lib.files import LONGEST_NAME, PROJECT_ROOT, UserError, absolute, shorten_path
 from lib.model_files import check_model
 
 DATA_FILES = ("sft.jsonl", "train.jsonl", "validation.jsonl")
@@ -32,6 +32,9 @@ class Optimization:
     train_device: str
 
 
+LEAST_TEMPERATURE = 0.01  # vLLM would take a lower one for this
+
+
 def is_folder_name(model: str) -> bool:
     """Whether `model` names a folder, and not a model of the hub."""
     return model.startswith((".", "/", "~")) or absolute(model).is_dir()
@@ -40,6 +43,8 @@ def is_folder_name(model: str) -> bool:
 def _plain_name(name: str) -> str:
     if Path(name).name != name or name == ".." or "\0" in name:
         raise ValueError("must be a plain folder name")
+    if len(name.encode()) > LONGEST_NAME - 30:  # a notebook's name is made of it, too
+        raise ValueError("is too long for a folder name")
     return name
 
 
@@ -56,6 +61,7 @@ def parameter(default, meaning: str):
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # vLLM takes no larger one
 Positive = Annotated[float, Field(gt=0), WrapValidator(_as_given)]
 NotNegative = Annotated[float, Field(ge=0), WrapValidator(_as_given)]
 Share = Annotated[float, Field(gt=0, le=1), WrapValidator(_as_given)]
@@ -78,7 +84,7 @@ class RunConfig(BaseModel):
     data_dir: FolderPath = parameter(None, "folder with sft.jsonl, train.jsonl, validation.jsonl")
     prompt_template: FolderPath | None = parameter(None, "file with {question}; None: the one of lib/prompts that fits")
     trust_remote_code: bool = parameter(False, "allow a model's own Python code to run")
-    seed: CountOrZero = parameter(0, "subset, order of examples, sampling")
+    seed: Seed = parameter(0, "subset, order of examples, sampling")
 
     learning_rate: Positive = parameter(None, "peak of AdamW's learning rate")
     batch_size: Count = parameter(None, "examples an optimizer step")
@@ -212,6 +218,12 @@ def resolve(namespace: Mapping) -> RunConfig:
         raise UserError(_in_words(error)) from None
     if config.n_val_final is not None and config.n_val_final < config.n_val:
         raise UserError(f"n_val_final={config.n_val_final}: must not be less than n_val={config.n_val}")
+    if 0 < config.temperature < LEAST_TEMPERATURE:
+        raise UserError(f"temperature={config.temperature}: must be 0, or at least {LEAST_TEMPERATURE} (vLLM)")
+    if config.temperature == 0 and config.samples_per_problem > 1:
+        raise UserError(
+            f"samples_per_problem={config.samples_per_problem}: at temperature=0 all samples of a problem are the same"
+        )
     for name in ("sft.jsonl", "validation.jsonl"):
         if not Path(config.data_dir, name).is_file():
             folder = shorten_path(config.data_dir)
@@ -230,6 +242,7 @@ WORDS = {
     "greater than or equal to": "at least",
     "greater than": "above",
     "less than or equal to": "at most",
+    "less than": "below",
     "a valid ": "a ",
     "a integer": "an integer",
     "Value error, ": "",

@@ -117,6 +117,12 @@ def test_run_names(parameters, n, filtered, seed, name):
         ({"run_name": ".."}, "run_name='..': must be a plain folder name"),
         ({"run_name": "a\0b"}, "run_name='a\\x00b': must be a plain folder name"),
         ({"wandb_project": None}, "wandb_project=None: must be a string"),
+        ({"seed": 1 << 32}, "seed=4294967296: must be below 4294967296"),
+        ({"temperature": 0.001}, "temperature=0.001: must be 0, or at least 0.01"),
+        ({"temperature": 0.0, "samples_per_problem": 2}, "samples_per_problem=2: at temperature=0 all samples"),
+        ({"run_name": "x" * 300}, "run_name='xxx"),
+        ({"data_dir": "/tmp/" + "x" * 300}, "data_dir="),
+        ({"model": "/tmp/" + "x" * 300}, "model="),
     ],
 )
 def test_wrong_values_are_named(parameters, wrong, message):

@@ -56,6 +56,7 @@ def start(run: Run) -> str:
     with run.recorded("engine_start"):
         run.engine = run.engine or start_engine(run, run.log_file)
         wait_until_ready(run.engine)
+    run.tracker.begin()
     if found is None:
         return "A new run."
     done = len(run.tracker.metrics)

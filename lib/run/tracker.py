@@ -5,14 +5,15 @@ import shutil
 import time
 from pathlib import Path
 
-from lib.files import UserError, append_lines, shorten_path, write_json, write_lines
+from lib.files import UserError, append_lines, is_finished, read_json, shorten_path, write_json, write_lines
 from lib.run import lock as locks
 from lib.run.wandb_copy import WandbCopy
 from lib.settings import RunConfig
 
 FILES = {"config.json", "metrics.jsonl", "evaluations.jsonl", "evaluations", "summary.json", "failed.json", "wandb"}
 FILES |= {"model", "checkpoints"}
-OPEN = ("run.log", locks.NAME)  # by this process
+BEFORE = ".before"  # what stood in the folder, until the run that replaces it begins
+OPEN = ("run.log", locks.NAME, BEFORE)  # by this process, and that
 
 
 class Tracker:
@@ -25,7 +26,7 @@ class Tracker:
     def __init__(self, config: RunConfig, environment: dict, data_sizes: dict, past: dict | None = None):
         self.run_dir = config.run_dir
         if past is None:
-            _clear(self.run_dir)
+            _set_aside(self.run_dir)
             past = {"metrics": [], "evaluations": [], "resumed": [], "elapsed": 0.0, "wandb_id": secrets.token_hex(4)}
         self.metrics, self.evaluations, self.resumed = past["metrics"], past["evaluations"], past["resumed"]
         self.started = time.time() - past["elapsed"]
@@ -75,8 +76,18 @@ class Tracker:
         self.wandb.finish(0)
         return result
 
+    def begin(self) -> None:
+        """What was in the folder before is replaced: from now on the run can be made."""
+        shutil.rmtree(self.run_dir / BEFORE, ignore_errors=True)
+
     def fail(self, error: BaseException) -> None:
-        """Leave `failed.json` with the error; what was measured so far stays. A full disk raises OSError again."""
+        """Leave `failed.json` with the error; what was measured so far stays, or what was there before a run that never
+        began: a finished one as it was. A full disk raises OSError again."""
+        if (self.run_dir / BEFORE).is_dir():
+            _put_back(self.run_dir)
+            if is_finished(self.run_dir):
+                self.wandb.finish(1)
+                return
         said = {"error": str(error), "type": type(error).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
         try:
             write_json(self.run_dir / "failed.json", said)
@@ -84,13 +95,40 @@ class Tracker:
             self.wandb.finish(1)
 
 
-def _clear(run_dir: Path) -> None:
-    """Remove what an unfinished run, or one to be overwritten, left in its folder; refuse a folder of other things."""
-    paths = [path for path in run_dir.glob("*") if path.name not in OPEN]
-    if foreign := sorted(path.name for path in paths if path.name.removesuffix(".tmp") not in FILES):
+def _set_aside(run_dir: Path) -> None:
+    """Move what an unfinished run, or one to be overwritten, left in its folder; refuse a folder of other things."""
+    if (run_dir / BEFORE).is_dir():  # the last try was killed before it began
+        _put_back(run_dir)
+    paths = _left(run_dir)
+    foreign = sorted(path.name for path in paths if path.name.removesuffix(".tmp") not in FILES)
+    if (
+        not foreign
+        and not (run_dir / "failed.json").is_file()
+        and "parameters" not in read_json(run_dir / "config.json")
+    ):
+        foreign = sorted(path.name for path in paths if path.suffix != ".tmp" and not _is_empty(path))
+    if foreign:
         raise UserError(
             f"run_name={run_dir.name!r}: {shorten_path(run_dir)} holds files that no run wrote "
             f"({', '.join(foreign[:3])}); choose another run_name"
         )
+    if paths:
+        (run_dir / BEFORE).mkdir()
     for path in paths:
+        path.rename(run_dir / BEFORE / path.name)
+
+
+def _put_back(run_dir: Path) -> None:
+    for path in _left(run_dir):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (run_dir / BEFORE).iterdir():
+        path.rename(run_dir / path.name)
+    (run_dir / BEFORE).rmdir()
+
+
+def _left(run_dir: Path) -> list[Path]:
+    return [path for path in run_dir.glob("*") if path.name not in OPEN]
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from lib.data import Example
 
 
+MOST_EXAMPLES = 10_000_000  # that a run may see, each epoch anew; their order is drawn before it starts
+
+
 @dataclass(frozen=True)
 class Sequence:
     """The tokens of one example: prompt, response, end of sequence."""
@@ -86,20 +89,22 @@ def encode(examples: list["Example"], tokenizer, max_length: int) -> list[Sequen
 
 def number_of_steps(n_examples: int, batch_size: int, epochs: float, max_steps: int | None = None) -> int:
     """Optimizer steps of a run: all examples `epochs` times in batches, the last one possibly smaller."""
-    steps = math.ceil(round(n_examples * epochs) / batch_size)
-    return max(1, steps if max_steps is None else min(steps, max_steps))
+    if max_steps is not None and n_examples * epochs >= max_steps * batch_size:
+        return max_steps
+    if n_examples * epochs > MOST_EXAMPLES:
+        raise UserError(f"epochs={epochs:g}: a run may see {MOST_EXAMPLES:,} examples, not {n_examples * epochs:,.0f}")
+    return max(1, math.ceil(round(n_examples * epochs) / batch_size))
 
 
 def make_batches(sequences: list[Sequence], batch_size: int, epochs: float, max_steps: int | None, seed: int):
     """All optimizer batches of a run, lists of `Sequence`: seeded permutations, one an epoch, cut into full batches."""
-    generator = random.Random(seed)
+    generator, steps = random.Random(seed), number_of_steps(len(sequences), batch_size, epochs, max_steps)
     order: list[Sequence] = []
-    number = max(1, round(len(sequences) * epochs))
+    number = max(1, round(min(len(sequences) * epochs, steps * batch_size)))
     while len(order) < number:
         order += generator.sample(sequences, len(sequences))
     order = order[:number]
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return batches[: number_of_steps(len(sequences), batch_size, epochs, max_steps)]
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)][:steps]
 
 
 def make_microbatches(batch: list[Sequence], microbatch_tokens: int, share_prefix: bool = True) -> list[Microbatch]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lib.evaluation.replica import EngineError
 from lib.files import read_json
 from lib.run import life_cycle, lock
 from lib.run import run as running
@@ -36,6 +37,43 @@ def test_an_engine_that_does_not_start_for_any_reason_ends_the_run(run, monkeypa
         life_cycle.start(run)
     assert seen.value is error
     assert read_json(run.config.run_dir / "failed.json")["type"] == type(error).__name__ and is_free(run)
+
+
+def test_what_was_there_stays_until_the_run_that_replaces_it_has_an_engine(parameters, monkeypatch):
+    """Also where the process is killed before: the next try finds what was there."""
+    folder = resolve(parameters).run_dir
+    (folder / "evaluations").mkdir(parents=True)
+    finished = {"config.json": '{"parameters": {}}', "summary.json": '{"status": "finished"}', "metrics.jsonl": "{}\n"}
+    for name, text in {**finished, "evaluations/000-full.jsonl.gz": "x"}.items():
+        (folder / name).write_text(text)
+
+    def files() -> dict:
+        return {
+            str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "run.log"
+        }
+
+    before = files()
+    monkeypatch.setattr(life_cycle, "start_engine", lambda *_: (_ for _ in ()).throw(EngineError("no engine")))
+    for _ in range(2):
+        with pytest.raises(EngineError):
+            life_cycle.start(prepare(resolve(parameters | {"overwrite": True})))
+        assert files() == before
+    monkeypatch.setattr(running, "end", lambda *_: None)  # as if killed
+    run = prepare(resolve(parameters | {"overwrite": True}))
+    with pytest.raises(EngineError):
+        life_cycle.start(run)
+    lock.release(folder)
+    assert files() != before
+    monkeypatch.undo()
+    monkeypatch.setattr(life_cycle, "start_engine", lambda *_: (_ for _ in ()).throw(EngineError("no engine")))
+    with pytest.raises(EngineError):
+        life_cycle.start(prepare(resolve(parameters | {"overwrite": True})))
+    assert files() == before
+    monkeypatch.setattr(life_cycle, "start_engine", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(life_cycle, "wait_until_ready", lambda engine: None)
+    life_cycle.start(prepare(resolve(parameters | {"overwrite": True})))
+    assert set(files()) & set(before) == {"config.json"} and files()["config.json"] != before["config.json"]
+    lock.release(folder)
 
 
 @pytest.mark.parametrize("broken", ["shutdown", "stop_workers", "fail", "all"])

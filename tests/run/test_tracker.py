@@ -7,6 +7,7 @@ import pytest
 
 from lib.files import UserError, read_lines
 from lib.run import tracker as tracking
+from lib.settings import resolve
 
 
 def test_a_models_text_does_not_end_a_line(tmp_path):
@@ -28,6 +29,16 @@ def test_records_are_kept_compressed_and_the_same_rows_are_the_same_bytes(tmp_pa
     time.sleep(1.1)  # gzip would write down the time
     tracking.write_lines(path, rows)
     assert path.read_bytes() == first
+
+
+def test_a_folder_that_no_run_wrote_is_left_alone(parameters):
+    folder = resolve(parameters).run_dir
+    (folder / "model").mkdir(parents=True)
+    (folder / "checkpoints").mkdir()
+    (folder / "model" / "mine.safetensors").write_text("weights")
+    with pytest.raises(UserError, match=r"holds files that no run wrote \(model\); choose another run_name"):
+        tracking.Tracker(resolve(parameters), {}, {})
+    assert (folder / "model" / "mine.safetensors").read_text() == "weights"
 
 
 def test_an_unfinished_last_line_is_left_out_and_a_broken_one_is_said(tmp_path):

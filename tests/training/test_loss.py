@@ -471,3 +471,11 @@ def test_a_missing_library_is_named(monkeypatch):
     check_optimizer("adamw")
     with pytest.raises(UserError, match=r"optimizer='adamw8bit'.* torchao is not installed; pip install"):
         check_optimizer("adamw8bit")
+
+
+def test_many_epochs_cost_no_more_than_the_steps_that_are_taken():
+    sequences = [Sequence(str(i), [1, 2, 3], 1) for i in range(16)]
+    few = make_batches(sequences, 8, 3, 5, seed=0)
+    assert make_batches(sequences, 8, 1e300, 5, seed=0) == make_batches(sequences, 8, 1_000_000, 5, seed=0) == few
+    with pytest.raises(UserError, match=r"epochs=1e\+09: a run may see 10,000,000 examples, not 16,000,000,000"):
+        make_batches(sequences, 8, 1e9, None, seed=0)
