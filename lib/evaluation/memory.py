@@ -116,8 +116,10 @@ def plan_savings(
     recompute: bool | None = None,
     engine: int = 0,
     may_sleep: bool = False,
+    least: int = 0,
 ) -> Savings:
-    """The first of these that fits a policy into a card of `total` bytes, beside `engine` bytes of an awake engine:
+    """The first of these that fits a policy into a card of `total` bytes, beside `engine` bytes of an awake engine, or
+    of one that sleeps and finds `least` bytes when it wakes:
 
     nothing saved; the engine asleep; recomputation too; moments of 8 bits too; smaller forward passes too (which is
     taken even if it does not fit). What is asked for (not None) stays. It hangs on the card's size and not on what is
@@ -130,9 +132,10 @@ def plan_savings(
         sleep, again = way[0] and may_sleep, way[1] if recompute is None else recompute
         chosen = optimizer or way[2]
         policy = policy_bytes(shape, tokens, BYTES[chosen], again)
-        if policy + (ASLEEP if sleep else engine) <= total:
+        idle = shape.parameters * (BYTES[chosen] - GRADIENT_BYTES) + LOGITS_BYTES + SENDING
+        wakes = not sleep or SPARE * (total - idle) >= least
+        if policy + (ASLEEP if sleep else engine) <= total and wakes:
             break
-    idle = shape.parameters * (BYTES[chosen] - GRADIENT_BYTES) + LOGITS_BYTES + SENDING
     return Savings(chosen, again, sleep, tokens, idle if sleep else policy)
 
 

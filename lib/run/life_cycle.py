@@ -36,7 +36,7 @@ def start(run: Run) -> str:
         finished = (config.run_dir / "summary.json").exists()  # and to be replaced, whatever checkpoint it kept
         found = checkpoint.latest(config.run_dir) if config.resume and not finished else None
         if found is not None:
-            past = read_past(config, run.batches, found)
+            past = read_past(config, run.batches, run.sizes["files"], found)
             run.seconds.update(past["seconds"])
         quiet_libraries(run.log_file)
         cap_policy(config.train_device, run.savings)

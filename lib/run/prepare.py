@@ -6,12 +6,22 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from lib.contamination import find_contamination
-from lib.data import load_evaluation_problems, load_examples, select_examples, stratified_subset
+from lib.data import file_hashes, load_evaluation_problems, load_examples, select_examples, stratified_subset
 from lib.environment import describe_environment
 from lib.evaluation.engine import DTYPES, Engine, begin_vllm
 from lib.evaluation.evaluate import context_lengths, encode_prompts
 from lib.evaluation.form import check_form
-from lib.evaluation.memory import ENOUGH_AT_ONCE, SPARE, Savings, card_memory, engine_bytes, model_shape, plan_savings
+from lib.evaluation.memory import (
+    BYTES,
+    ENOUGH_AT_ONCE,
+    LEAST_AT_ONCE,
+    SPARE,
+    Savings,
+    card_memory,
+    engine_bytes,
+    model_shape,
+    plan_savings,
+)
 from lib.evaluation.replica import Replica, start_replicas
 from lib.files import UserError
 from lib.model_files import hub_commit
@@ -75,6 +85,7 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
             "validation": len(problems),
             "validation_subset": len(subset),
             "train_steps": len(batches),
+            "files": file_hashes(data_dir, config.prompt_template),
         },
         batches=batches,
         problems=problems,
@@ -105,12 +116,19 @@ def _plan_savings(config: RunConfig, context: int) -> Savings:
         return Savings(asked["optimizer"] or "adamw", bool(asked["recompute"]), False, asked["microbatch_tokens"])
     total, _ = card_memory(config.train_device)
     shape = model_shape(config.model, config.trust_remote_code, config.revision)
+    optimizer = config.optimizer or "adamw8bit"  # the smallest
+    if (least := shape.parameters * BYTES[optimizer]) > total:
+        raise UserError(
+            f"train_device={config.train_device!r}: has {total / 1e9:.0f} GB, and {shape.parameters / 1e9:.1f} B "
+            f"parameters with their gradients and moments take {least / 1e9:.0f} GB with {optimizer}"
+        )
     if config.train_device != config.eval_device:
         return replace(plan_savings(total, shape, **asked), reserved=0)
     share, size = config.gpu_memory_utilization, DTYPES[config.precision].itemsize
     one = engine_bytes(shape, size, context, ENOUGH_AT_ONCE) / SPARE
     beside = int(share * total if share else one * (config.engines or 1))
-    return plan_savings(total, shape, **asked, engine=beside, may_sleep=not config.eval_beside_training)
+    least = engine_bytes(shape, size, context, LEAST_AT_ONCE)
+    return plan_savings(total, shape, **asked, engine=beside, may_sleep=not config.eval_beside_training, least=least)
 
 
 def start_engine(run: Run, log_file: Path) -> Engine:

@@ -4,6 +4,7 @@ import itertools
 import time
 from pathlib import Path
 
+from lib.data import changed_files
 from lib.files import UserError, read_json, read_lines, shorten_path
 from lib.run.run import hash_of, samplings_of
 from lib.settings import RunConfig, changed_settings
@@ -11,16 +12,20 @@ from lib.training import checkpoint
 from lib.training.batching import Sequence
 
 
-def read_past(config: RunConfig, batches: list[list[Sequence]], found: Path) -> dict:
+def read_past(config: RunConfig, batches: list[list[Sequence]], files: dict[str, str], found: Path) -> dict:
     """What the stopped run of this folder measured up to its checkpoint `found`, as `Tracker` takes it.
 
-    An evaluation counts only if it is complete. UserError where the stopped run had other settings or other data.
+    `files`: `data.file_hashes` now. An evaluation counts only if it is complete. UserError where the stopped run had
+    other settings or other data.
     """
     written, state = read_json(config.run_dir / "config.json"), checkpoint.read_state(found)
-    changed, step = changed_settings(written["parameters"], config.to_dict()), state["train_step"]
+    changed, step = changed_settings(written.get("parameters", {}), config.to_dict()), state["train_step"]
+    changed += changed_files(written.get("data", {}).get("files"), files)
+    if "parameters" not in written:
+        changed.append("its config.json does not say what it was")
     if state["data"] != hash_batches(batches):
         changed.append("its training data are not the same any more")
-    metrics = [row for row in read_lines(config.run_dir / "metrics.jsonl") if row["train_step"] <= step]
+    metrics = [row for row in read_lines(config.run_dir / "metrics.jsonl") if row.get("train_step", 0) <= step]
     if len(metrics) != step:
         changed.append(f"its metrics.jsonl has {len(metrics)} of {step} steps")
     if changed:

@@ -115,7 +115,7 @@ class Cluster:
             self.close()
             raise
 
-    def prepare(self, run: PlannedRun, busy: list[PlannedRun]) -> Task:
+    def prepare(self, run: PlannedRun, busy: list[PlannedRun], alone: bool = False) -> Task:
         return Task(self, run)
 
     def position(self, job: Job) -> Position:

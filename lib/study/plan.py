@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from lib.data import changed_files, file_hashes
 from lib.files import PROJECT_ROOT, UserError, absolute, is_finished, read_json, shorten_path
 from lib.settings import changed_settings, default_run_name, resolve
 
@@ -144,7 +145,11 @@ def differences(run: PlannedRun, folder: Path, settings: dict) -> list[str]:
     """In words, the settings of the finished run in `folder` that differ from these and the run's own."""
     own = ("n", "filtered", "seed", "epochs")
     asked = settings | {name: run.parameters[name] for name in own if run.parameters.get(name) is not None}
-    return compare(read_json(folder / "config.json").get("parameters", {}), asked)
+    made = read_json(folder / "config.json")
+    found, files = compare(made.get("parameters", {}), asked), made.get("data", {}).get("files")
+    if files and not found:  # the same folder, which may have other files by now
+        found = changed_files(files, file_hashes(absolute(settings["data_dir"]), settings.get("prompt_template")))
+    return found
 
 
 def refuse_conflicts(runs: list[PlannedRun], folder: Path, settings: dict) -> None:

@@ -1,5 +1,6 @@
 """Makes the planned runs: several at a time, a failed one does not stop the rest, and what is finished is kept."""
 
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,8 @@ from lib.files import UserError, read_json, shorten_path
 from lib.study.execution import POLL, Execution, end
 from lib.study.plan import PlannedRun
 from lib.study.progress import Job, Position, Progress, spell, work
+
+FULL = re.compile("out of memory|Free memory on device")  # what PyTorch, vLLM and our own words say of a full GPU
 
 
 @dataclass
@@ -33,10 +36,11 @@ class ThisMachine:
         self.folder, self.at_once, self.places = folder, at_once, places
         self.taken: dict[str, dict] = {}  # run -> its place
 
-    def prepare(self, run: PlannedRun, busy: list[PlannedRun]) -> Execution:
-        """The run's execution, not started yet, beside the `busy` ones."""
+    def prepare(self, run: PlannedRun, busy: list[PlannedRun], alone: bool = False) -> Execution:
+        """The run's execution, not started yet, beside the `busy` ones; `alone`: without a part for other runs."""
         place = min(self.places, key=[self.taken[other.name] for other in busy].count)
         self.taken[run.name] = place
+        place = {name: value for name, value in place.items() if not alone or name != "gpu_memory_utilization"}
         return Execution(run.notebook, self.folder / f"{run.name}.ipynb", run.parameters | place, self.folder)
 
     def position(self, job: Job) -> Position:
@@ -70,7 +74,8 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, every: float = 30.0) 
                         progress.say(f"{label} kept, finished before{accuracy(folder / run.name)}")
                         continue
                     again = (folder / run.name).is_dir()
-                    jobs.append(Job(label, run, machine.prepare(run, [job.run for job in jobs]), again))
+                    execution = machine.prepare(run, [job.run for job in jobs], run.name in crowded)
+                    jobs.append(Job(label, run, execution, again))
                     jobs[-1].execution.start()  # after it is among the jobs, so that it is ended below
                 progress.tick([(job, machine.position(job)) for job in jobs])
                 time.sleep(POLL)
@@ -78,7 +83,7 @@ def run_all(runs: list[PlannedRun], folder: Path, machine, every: float = 30.0) 
                     conclude(job, folder, outcome, progress)
                     jobs.remove(job)
                     alone = machine.at_once == 1 or not machine.shares_memory or job.run.name in crowded
-                    if not alone and "memory" in outcome.failed.get(job.run.name, ""):
+                    if not alone and FULL.search(outcome.failed.get(job.run.name, "")):
                         del outcome.failed[job.run.name]
                         crowded.add(job.run.name)
                         waiting.append((job.label, job.run))
@@ -130,13 +135,24 @@ def engine_share(settings: dict, at_once: int, places: int) -> float | None:
     if at_once == 1 or settings["eval_device"] == "cpu" or settings["gpu_memory_utilization"] is not None:
         return None
     from lib.evaluation.engine import DTYPES
-    from lib.evaluation.memory import GIB, SPARE, card_memory, engine_bytes, model_shape, policy_bytes
+    from lib.evaluation.memory import (
+        BYTES,
+        GIB,
+        SPARE,
+        card_memory,
+        engine_bytes,
+        model_shape,
+        plan_savings,
+        policy_bytes,
+    )
 
     both = places > 1 or settings["train_device"] == settings["eval_device"]
     count = -(-at_once // places)  # of policies on one card, and of engines
     shape = model_shape(settings["model"], settings["trust_remote_code"], settings["revision"])
-    policies = count * policy_bytes(shape, settings["microbatch_tokens"])
     total, _ = card_memory(settings["eval_device"])
+    asked = {name: settings.get(name) for name in ("microbatch_tokens", "optimizer", "recompute")}
+    each = plan_savings(total, shape, **asked)  # as the run will plan it
+    policies = count * policy_bytes(shape, each.microbatch_tokens, BYTES[each.optimizer], each.recompute)
     engines = count * engine_bytes(shape, DTYPES[settings["precision"]].itemsize, 0, 0)  # with no response yet
     if policies + (engines if both else 0) >= SPARE * total:
         beside = f" and {count} of the engines ({engines / GIB:.0f} GiB at least)" if both else ""

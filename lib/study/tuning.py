@@ -14,6 +14,7 @@ from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
 from lib.files import UserError, append_lines, read_lines, shorten_path, write_lines
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
+from lib.run import lock as locks
 from lib.run.evaluations import PROOF_PROMPTS, answer
 from lib.run.prepare import prepare, start_engine
 from lib.run.run import Run, RunError
@@ -34,7 +35,15 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
     it. `config.eval_split` should be 'tuning', so that nothing is chosen on validation problems.
     """
     check_grid(learning_rates, batch_sizes)
-    (folder / "records").mkdir(parents=True, exist_ok=True)
+    locks.hold(folder, "run_name:")
+    try:
+        yield from _tune(config, learning_rates, batch_sizes, folder)
+    finally:
+        locks.release(folder)
+
+
+def _tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int], folder: Path) -> Iterator[dict]:
+    (folder / "records").mkdir(exist_ok=True)
     path, log_file = folder / "tuning.jsonl", folder / "run.log"
     rows = read_lines(path)
     for number, row in enumerate(rows, start=1):  # one choice can't be made from two grids
@@ -75,6 +84,8 @@ def check_grid(learning_rates: list[float], batch_sizes: list[int]) -> None:
         if not values or not fine:
             hint = " (YAML takes 1e-5 for a text: write 1.0e-5)" if kind is float else ""
             raise UserError(f"{name}={values!r}: must be a list of positive numbers of type {kind.__name__}{hint}")
+        if len(set(values)) < len(values):
+            raise UserError(f"{name}={values!r}: each value once")
 
 
 def _settings(config: RunConfig) -> dict:

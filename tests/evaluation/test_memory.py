@@ -13,6 +13,7 @@ from lib.evaluation.memory import (
     BYTES,
     ENOUGH_AT_ONCE,
     GIB,
+    LEAST_AT_ONCE,
     OVER_NCCL,
     SPARE,
     Shape,
@@ -173,6 +174,17 @@ def test_an_engine_that_sleeps_wakes_into_what_the_idle_policy_leaves(total):
     awake = plan(total / 1.0737, reserved=policy.reserved)  # GB to GiB
     assert awake.cache_bytes + 2 * QWEN.parameters + BESIDE_WEIGHTS + policy.reserved <= total * 1e9
     assert awake.at_once >= (ENOUGH_AT_ONCE if total > 24 else 120)
+
+
+def test_an_engine_that_could_not_wake_is_no_plan():
+    """A model of 0.5 B on a card of 15 GB (a T4): whole moments would leave the engine too little."""
+    small = Shape(494_032_768, 2 * 24 * 2 * 64, 24, 896, 4864)
+    least = engine_bytes(small, 2, 2453, LEAST_AT_ONCE)
+    asked = {"microbatch_tokens": 16_384, "engine": 40 * GIB, "may_sleep": True}
+    assert plan_savings(15 * 10**9, small, **asked).optimizer == "adamw"
+    made = plan_savings(15 * 10**9, small, **asked, least=least)
+    assert made.optimizer == "adamw8bit" and made.sleep
+    assert SPARE * (15e9 - made.reserved) >= least
 
 
 def test_what_is_asked_for_stays():

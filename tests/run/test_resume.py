@@ -84,6 +84,19 @@ def test_a_stopped_run_ends_with_the_same_curve_and_weights(settings):
     assert config["wandb_id"] == json.loads((stopped.config.run_dir / "config.json").read_text())["wandb_id"]
 
 
+def test_a_stopped_run_does_not_go_on_with_other_problems(settings, tmp_path):
+    data = shutil.copytree(settings["data_dir"], tmp_path / "copy")
+    settings = settings | {"data_dir": str(data)}
+    stopped, _ = run_until(settings, steps=5)
+    (data / "validation.jsonl").write_text((data / "validation.jsonl").read_text().replace("How", "And how"))
+    with pytest.raises(UserError, match=r"can't be continued: validation\.jsonl is not the file that it was\. Ask"):
+        run_until(settings)
+    config = json.loads((stopped.config.run_dir / "config.json").read_text())
+    (stopped.config.run_dir / "config.json").write_text(json.dumps({"data": config["data"]}))
+    with pytest.raises(UserError, match=r"its config\.json does not say what it was"):
+        run_until(settings)
+
+
 def test_overwriting_begins_anew_even_beside_a_kept_checkpoint(settings):
     run, _ = run_until(settings)
     assert checkpoint.latest(run.config.run_dir)

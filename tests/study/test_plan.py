@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from stub_study import finished_run, made, settle_stub, stub_notebook  # noqa: F401
 
-from lib.files import PROJECT_ROOT, UserError, absolute
+from lib.data import file_hashes
+from lib.files import PROJECT_ROOT, UserError, absolute, write_json
 from lib.settings import PROFILES
 from lib.study import command as study
 from lib.study import execution as notebooks
@@ -42,6 +43,12 @@ def test_a_parameter_that_cannot_be_passed_is_refused_by_name(stub, tmp_path, pa
     with pytest.raises(UserError, match=f"-p {parameter}.*{said}"):
         made(stub, tmp_path / "runs", "-p", parameter, str(value))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("seed", ["-1", str(1 << 32)])
+def test_a_seed_that_is_none_is_refused(stub, tmp_path, seed):
+    with pytest.raises(UserError, match=f"--seeds {seed}: must be at least 0 and below"):
+        made(stub, tmp_path / "runs", "--seeds", seed)
 
 
 @pytest.mark.parametrize("size", ["0", "-3", "1.5", "everything", "²"])
@@ -222,6 +229,18 @@ def test_a_finished_run_with_other_settings_is_named_with_what_differs_and_what_
     assert "epochs is 7 there, 3 is asked for" in said
     assert "--runs-dir" in said and "overwrite" in said
     assert not (tmp_path / "runs/n256").exists(), "nothing may start before the conflict is solved"
+
+
+def test_a_finished_run_of_other_data_is_no_part_of_the_study(tmp_path):
+    folder = shutil.copytree(PROFILES["mini"]["data_dir"], tmp_path / "data")
+    finished_run(tmp_path / "n128", data_dir=str(folder))
+    config = json.loads((tmp_path / "n128" / "config.json").read_text())
+    write_json(tmp_path / "n128" / "config.json", config | {"data": {"files": file_hashes(folder)}})
+    run = plan.PlannedRun("n128", {"n": 128, "filtered": False, "seed": 0}, Path("train.ipynb"))
+    assert plan.differences(run, tmp_path / "n128", {"data_dir": str(folder)}) == []
+    (folder / "validation.jsonl").write_text((folder / "validation.jsonl").read_text()[:-1])
+    said = plan.differences(run, tmp_path / "n128", {"data_dir": str(folder)})
+    assert said == ["validation.jsonl is not the file that it was"]
 
 
 def test_a_setting_left_to_the_profile_is_compared_with_the_profile(stub, tmp_path):

@@ -225,6 +225,27 @@ def test_more_side_by_side_than_a_gpu_holds_is_refused(card, jobs, places, setti
     assert f"--jobs {jobs}: a GPU of 80 GiB is too small for {needed}" in str(refused.value)
 
 
+def test_what_saves_memory_counts(card):
+    """Else two cards of 80 GiB would be refused that hold such runs well."""
+    large = card | {"microbatch_tokens": 30_000}
+    with pytest.raises(UserError):
+        runs.engine_share(large, 2, 2)
+    assert runs.engine_share(large | {"optimizer": "adamw8bit", "recompute": True}, 2, 2) > 0.5
+
+
+def test_a_run_made_again_by_itself_plans_its_share_by_itself(tmp_path):
+    machine = runs.ThisMachine(tmp_path, 2, ({"train_device": "cuda:0", "gpu_memory_utilization": 0.25},))
+    run = plan.PlannedRun("n128", {"n": 128}, Path("train.ipynb"))
+    assert "gpu_memory_utilization: 0.25" in machine.prepare(run, []).command[-1]
+    assert "gpu_memory_utilization" not in machine.prepare(run, [], alone=True).command[-1]
+    for said, full in {
+        "cuda:0 is out of memory; lower microbatch_tokens": True,
+        "Free memory on device cuda:0 (27.4/79.2 GiB) is less than desired": True,
+        "gpu_memory_utilization=0.1: 7.9 GiB are too little for 1 engine": False,
+    }.items():
+        assert bool(runs.FULL.search(said)) == full
+
+
 def test_a_run_is_told_its_share(stub, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.study.command.engine_share", lambda *_: 0.25)
     made(stub, tmp_path / "runs", "--sizes", "128", "--jobs", "2")

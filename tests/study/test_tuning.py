@@ -1,6 +1,8 @@
 """The grid's rules: what it is made of, and what it keeps. Nothing is trained here."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -52,9 +54,24 @@ def test_points_of_another_grid_are_refused(config, tmp_path, changed, said):
         (1e-5, [8], "learning_rates"),
         ([1e-5], [True], "batch_sizes"),
         ([float("inf")], [8], "learning_rates"),
+        ([1e-5], [8, 16, 8], "batch_sizes=.*each value once"),
     ],
 )
 def test_a_grid_of_anything_but_numbers_is_refused(config, tmp_path, rates, sizes, said):
     with pytest.raises(UserError, match=said):
         next(tune(config, rates, sizes, tmp_path / "tuning"))
     assert not (tmp_path / "tuning").exists()
+
+
+def test_two_processes_do_not_tune_in_one_folder(config, tmp_path):
+    code = "import pathlib, sys; from lib.run import lock; lock.hold(pathlib.Path(sys.argv[1]), 'x'); print(1)"
+    code += "; sys.stdout.flush(); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "tuning")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline()
+        with pytest.raises(UserError, match=f"process {other.pid} is at work in this folder"):
+            next(tune(config, [1e-3], [8], tmp_path / "tuning"))
+    finally:
+        other.kill()
+        other.wait()
