@@ -1,6 +1,5 @@
 """Training examples, validation problems and prompt templates, from JSONL files in the course's layout."""
 
-import hashlib
 import json
 import math
 import random
@@ -12,7 +11,6 @@ from pathlib import Path
 from lib.contamination import find_contamination
 from lib.files import UserError, absolute, parse_lines, read_text, shorten_path
 from lib.grading import grade_many
-from lib.settings import DATA_FILES
 
 PROMPTS = Path(__file__).parent / "prompts"
 PLACEHOLDER = "{question}"
@@ -159,18 +157,6 @@ def detect_template(prompts: list[str], path: Path, template_path: str | None = 
         if template.question_in(prompt) is None:
             raise UserError(f"{shorten_path(path)}, row {number}: the prompt differs from template {template.name}")
     return template
-
-
-def file_hashes(data_dir: Path, template_path: str | None = None) -> dict[str, str]:
-    """SHA-256 of the files that a run's data come from, by their names."""
-    paths = {name: data_dir / name for name in DATA_FILES}
-    paths |= {"prompt_template": absolute(template_path)} if template_path else {}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
-
-
-def changed_files(made: dict | None, now: dict) -> list[str]:
-    """In words, what is not the file any more that something was `made` from; older runs don't say from which."""
-    return [f"{name} is not the file that it was" for name in now if made and made.get(name) not in (None, now[name])]
 
 
 def distinct(examples: list[Example]) -> list[Example]:

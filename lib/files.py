@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 LONGEST_NAME = 255  # bytes of a file's or a folder's name
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+DATA_FILES = ("sft.jsonl", "train.jsonl", "validation.jsonl")  # of the course's data folder
 # How files begin that are no plain text.
 SIGNATURES = {
     b"\x1f\x8b": "compressed (gzip)",
@@ -94,6 +96,18 @@ def decode(content: bytes, path: Path) -> str:
     line = content.count(b"\n", 0, position) + 1
     kind = "it is binary, or UTF-16 text" if content[position] == 0 else "it may be Latin-1 or Windows-1252"
     raise UserError(f"{shorten_path(path)}, line {line}: byte 0x{content[position]:02x} is not UTF-8 text ({kind})")
+
+
+def file_hashes(data_dir: Path, template_path: str | None = None) -> dict[str, str]:
+    """SHA-256 of the files that a run's data come from, by their names."""
+    paths = {name: data_dir / name for name in DATA_FILES}
+    paths |= {"prompt_template": absolute(template_path)} if template_path else {}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
+
+
+def changed_files(made: dict | None, now: dict) -> list[str]:
+    """In words, what is not the file any more that something was `made` from; older runs don't say from which."""
+    return [f"{name} is not the file that it was" for name in now if made and made.get(name) not in (None, now[name])]
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------

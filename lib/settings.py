@@ -12,10 +12,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 from lib.environment import count_gpus
-from lib.files import LONGEST_NAME, PROJECT_ROOT, UserError, absolute, shorten_path
+from lib.files import DATA_FILES, LONGEST_NAME, PROJECT_ROOT, UserError, absolute, shorten_path
 from lib.model_files import check_model
 
-DATA_FILES = ("sft.jsonl", "train.jsonl", "validation.jsonl")
 MATH_DATA_DIR = Path("/data/a5-alignment/MATH")  # where the course's machines keep it
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from lib.contamination import find_contamination
-from lib.data import file_hashes, load_evaluation_problems, load_examples, select_examples, stratified_subset
+from lib.data import load_evaluation_problems, load_examples, select_examples, stratified_subset
 from lib.environment import describe_environment
 from lib.evaluation.engine import DTYPES, Engine, begin_vllm
 from lib.evaluation.evaluate import context_lengths, encode_prompts
@@ -23,7 +23,7 @@ from lib.evaluation.memory import (
     plan_savings,
 )
 from lib.evaluation.replica import Replica, start_replicas
-from lib.files import UserError
+from lib.files import UserError, file_hashes
 from lib.model_files import hub_commit
 from lib.run.run import Run
 from lib.settings import RunConfig

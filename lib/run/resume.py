@@ -4,8 +4,7 @@ import itertools
 import time
 from pathlib import Path
 
-from lib.data import changed_files
-from lib.files import UserError, read_json, read_lines, shorten_path
+from lib.files import UserError, changed_files, read_json, read_lines, shorten_path
 from lib.run.run import hash_of, samplings_of
 from lib.settings import RunConfig, changed_settings
 from lib.training import checkpoint

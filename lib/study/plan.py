@@ -5,8 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from lib.data import changed_files, file_hashes
-from lib.files import PROJECT_ROOT, UserError, absolute, is_finished, read_json, shorten_path
+from lib.files import (
+    PROJECT_ROOT,
+    UserError,
+    absolute,
+    changed_files,
+    file_hashes,
+    is_finished,
+    read_json,
+    shorten_path,
+)
 from lib.settings import changed_settings, default_run_name, resolve
 
 TRAIN_NOTEBOOK = PROJECT_ROOT / "notebooks/train.ipynb"

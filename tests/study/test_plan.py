@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from stub_study import finished_run, made, settle_stub, stub_notebook  # noqa: F401
 
-from lib.data import file_hashes
-from lib.files import PROJECT_ROOT, UserError, absolute, write_json
+from lib.files import PROJECT_ROOT, UserError, absolute, file_hashes, write_json
 from lib.settings import PROFILES
 from lib.study import command as study
 from lib.study import execution as notebooks
