@@ -158,7 +158,8 @@ def make_row(row: dict, columns: dict[str, tuple[str, ...]], where: str, counts:
 
 def boxed_answer(text: str) -> str | None:
     r"""What the last `\boxed{...}` holds, or what stands behind a last `\boxed` without braces; `\fbox` is the same."""
-    text = re.sub(r"\\(?:boxed|fbox)\s*([^\s{}$\\.,]*)", lambda m: r"\boxed" + (f"{{{m[1]}}}" if m[1] else ""), text)
+    bare = r"\\(?:boxed|fbox)\s*((?:[^\s{}$\\.,]|[.,](?=\d))*)"
+    text = re.sub(bare, lambda m: r"\boxed" + (f"{{{m[1]}}}" if m[1] else ""), text)
     return boxed(text) if r"\boxed" in text else None
 
 

@@ -344,6 +344,24 @@ def test_a_trace_gets_the_form_and_keeps_its_own_answer(trace, said, right, tmp_
     assert counts.get("traces_given_the_gold_answer", 0) == 20 * (trace == "I add them.")
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{12}.", "12"),
+        (r"\boxed{1}, no: \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"$\boxed 0.5$.", "0.5"),
+        (r"\boxed 1,250.", "1,250"),
+        (r"\boxed -7, as said", "-7"),
+        (r"\fbox {x+1}", "x+1"),
+        (r"\boxed{\text{(A)}}", r"\text{(A)}"),
+        (r"\boxed{", None),
+        ("12", None),
+    ],
+)
+def test_the_answer_in_a_box(text, answer):
+    assert get_data.boxed_answer(text) == answer
+
+
 @pytest.mark.parametrize("empty", [None, "", " "])
 def test_a_trace_that_answers_nothing_is_not_given_the_gold_answer(empty, tmp_path, monkeypatch):
     rows = [garg(n) | {"reasoning_trace": "I add and then", "extracted_answer": empty} for n in range(20)]

@@ -124,6 +124,8 @@ def prove_sync(policy: torch.nn.Module, engine: Engine, prompts: list[list[int]]
     sequences = [Sequence("", p + g.token_ids, len(p)) for p, g in zip(prompts, generations, strict=True)]
     with torch.no_grad(), as_written(policy), autocast(engine.train_device, engine.precision):
         log_probs, _ = response_log_probs(policy, pack(sequences).to(engine.train_device))
+    if not log_probs.isfinite().all():
+        raise EngineError("the policy's log-probabilities are no numbers any more; a lower learning_rate may help")
     from_engine = torch.tensor([value for generation in generations for value in generation.log_probs])
     differences = (log_probs.cpu() - from_engine).abs().split([len(g.token_ids) for g in generations])
     mean = max(torch.cat(differences[first::count]).mean().item() for first in range(count))

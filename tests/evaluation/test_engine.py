@@ -75,6 +75,16 @@ def test_weights_that_were_not_sent_are_found_out(engine, policy, prompts):
         prove_sync(policy, engine, prompts)
 
 
+def test_a_policy_that_has_diverged_is_not_taken_for_a_failed_sync(engine, policy, prompts):
+    norm = policy.get_decoder().norm.weight
+    kept = norm.detach().clone()
+    with torch.no_grad():
+        norm.fill_(float("nan"))
+        with pytest.raises(EngineError, match="log-probabilities are no numbers any more; a lower learning_rate"):
+            prove_sync(policy, engine, prompts)
+        norm.copy_(kept)
+
+
 def test_a_stale_prefix_cache_is_found_out(engine, policy, prompts, monkeypatch):
     """vLLM keeps key/value blocks over a weight update: without the reset the old policy answers in part."""
     load_policy_into_vllm_instance(policy, engine)
