@@ -194,7 +194,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"{name} failed: {reason}")
     if mistake:
         print(f"error: {mistake}", file=sys.stderr)
-        return 2
+        return 1 if outcome.failed else 2
     print(f"Report: {shorten_path(page)} (as a notebook: {shorten_path(page.with_suffix('.ipynb'))})")
     return 1 if outcome.failed else 0
 
