@@ -205,7 +205,10 @@ def plan_share(
     engines = max((count for count in caches if 2 * caches[count] >= ENOUGH_AT_ONCE * usual), default=fewest)
     cache = caches[engines]
     if cache < LEAST_AT_ONCE * longest:
-        left = f"of {free / GIB:.1f} GiB that are free, {reserved / GIB:.1f} GiB are left to the policy; the other "
+        kept = min(reserved, free) / GIB  # a policy that needs more than there is says so by itself
+        left = (
+            f"of {free / GIB:.1f} GiB that are free, {kept:.1f} GiB are left to the policy; {SPARE:.0%} of the rest, "
+        )
         raise EngineError(
             f"gpu_memory_utilization={share}: {left if share is None else ''}{max(0, budget) / GIB:.1f} GiB are too "
             f"little for {engines} {'engine' if engines == 1 else 'engines'}: weights, activations and {LEAST_AT_ONCE} "

@@ -88,7 +88,8 @@ def test_an_engine_beside_the_policy_gets_what_that_leaves():
     beside = plan(80, reserved=needed)
     assert beside.cache_bytes + 2 * QWEN.parameters + BESIDE_WEIGHTS <= 0.9 * (80 * GIB - needed)
     with pytest.raises(
-        EngineError, match=r"gpu_memory_utilization=None: of 40.0 GiB that are free, .* left to the policy"
+        EngineError,
+        match=r"gpu_memory_utilization=None: of 40.0 GiB that are free, .* left to the policy; 90% of the rest",
     ):
         plan(40, reserved=policy_bytes(QWEN, 16_384))
     plan(40, reserved=policy_bytes(QWEN, 4096, bytes_a_parameter=10, recompute=True))
