@@ -84,9 +84,9 @@ class Tracker:
         """Leave `failed.json` with the error; what was measured so far stays, or what was there before a run that never
         began: a finished one as it was. A full disk raises OSError again."""
         if (self.run_dir / BEFORE).is_dir():
+            self.wandb.finish(1)  # its files are among those that go
             _put_back(self.run_dir)
             if is_finished(self.run_dir):
-                self.wandb.finish(1)
                 return
         said = {"error": str(error), "type": type(error).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
         try:
