@@ -14,7 +14,7 @@ from lib.training.batching import Sequence
 def read_past(config: RunConfig, batches: list[list[Sequence]], files: dict[str, str], found: Path) -> dict:
     """What the stopped run of this folder measured up to its checkpoint `found`, as `Tracker` takes it.
 
-    `files`: `data.file_hashes` now. An evaluation counts only if it is complete. UserError where the stopped run had
+    `files`: `file_hashes` now. An evaluation counts only if it is complete. UserError where the stopped run had
     other settings or other data.
     """
     written, state = read_json(config.run_dir / "config.json"), checkpoint.read_state(found)
