@@ -98,11 +98,16 @@ def decode(content: bytes, path: Path) -> str:
     raise UserError(f"{shorten_path(path)}, line {line}: byte 0x{content[position]:02x} is not UTF-8 text ({kind})")
 
 
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_hashes(data_dir: Path, template_path: str | None = None) -> dict[str, str]:
     """SHA-256 of the files that a run's data come from, by their names."""
     paths = {name: data_dir / name for name in DATA_FILES}
     paths |= {"prompt_template": absolute(template_path)} if template_path else {}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
+    return {name: sha256(path) for name, path in paths.items() if path.is_file()}
 
 
 def changed_files(made: dict | None, now: dict) -> list[str]:

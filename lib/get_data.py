@@ -10,7 +10,6 @@ gsm8k, math (traces: its human solutions) and garg (MATH with a model's traces) 
 import argparse
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import math
@@ -22,7 +21,17 @@ from pathlib import Path
 
 from lib.contamination import find_contamination
 from lib.data import PLACEHOLDER, PROMPTS, Problem, Template, label, level_name, read_rows
-from lib.files import UserError, absolute, first_line, read_text, shorten_path, whole_folder, write_json, write_lines
+from lib.files import (
+    UserError,
+    absolute,
+    first_line,
+    read_text,
+    sha256,
+    shorten_path,
+    whole_folder,
+    write_json,
+    write_lines,
+)
 from lib.grading.rule import boxed
 
 HELD_OUT, AT_MOST = 10, 500  # one in so many problems, at most so many, for a split that the source does not have
@@ -249,10 +258,6 @@ def describe(row: Row) -> dict:
     return {name: getattr(row, name) for name in fields if getattr(row, name) is not None}
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def name_apart(paths: list[Path]) -> dict[str, Path]:
     """Files by their names, with as many of their folders as tell them apart."""
     depth = 1
@@ -263,23 +268,19 @@ def name_apart(paths: list[Path]) -> dict[str, Path]:
 
 def read_mapping(texts: list[str], tables: list[list[tuple[str, dict]]]) -> dict[str, tuple[str, ...]]:
     """The columns of each field, after `--map`; those of problem and answer must be in every table."""
-    columns, found = dict(FIELDS), [{column for _, row in table for column in row} for table in tables if table]
+    columns, kinds = dict(FIELDS), zip(("training row", "validation row"), tables, strict=True)
+    found = {kind: {column for _, row in table for column in row} for kind, table in kinds if table}
     for text in texts:
         name, _, column = text.partition("=")
         if name not in FIELDS or not column:
             raise UserError(f"--map {text}: must be FIELD=COLUMN, with a FIELD of {', '.join(FIELDS)}")
         if columns[name] is not FIELDS[name]:
             raise UserError(f"--map {text}: {name} has a column already, {columns[name][0]}")
-        lacking = [there for there in found if column not in there]
-        if len(lacking) == len(found) or (lacking and name in ("problem", "answer")):
-            which = (
-                "no row"
-                if len(lacking) == len(found)
-                else "no training row"
-                if lacking[0] is found[0]
-                else "no validation row"
-            )
-            raise UserError(f"--map {text}: {which} has a column {column}; there are {', '.join(sorted(lacking[0]))}")
+        lacking = [kind for kind, there in found.items() if column not in there]
+        nowhere = len(lacking) == len(found)
+        if nowhere or (lacking and name in ("problem", "answer")):
+            which, there = "row" if nowhere else lacking[0], ", ".join(sorted(found[lacking[0]]))
+            raise UserError(f"--map {text}: no {which} has a column {column}; there are {there}")
         columns[name] = (column,)
     return columns
 

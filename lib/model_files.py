@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from lib.files import UserError, first_line, read_json, refuse_signature, shorten_path
+from lib.files import UserError, first_line, read_json, refuse_signature, sha256, shorten_path
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -139,8 +139,7 @@ def fingerprint(folder: str | Path) -> str | None:
     """SHA-256 over all bytes of a folder's weights, about 1 GB/s; None where there are no weights."""
     digest, paths = hashlib.sha256(), sorted(Path(folder).glob("*.safetensors"))
     for path in paths:
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest() if paths else None
 
 

@@ -60,7 +60,8 @@ def parameter(default, meaning: str):
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # vLLM takes no larger one
+SEEDS = 1 << 32  # vLLM takes no larger ones
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 Positive = Annotated[float, Field(gt=0), WrapValidator(_as_given)]
 NotNegative = Annotated[float, Field(ge=0), WrapValidator(_as_given)]
 Share = Annotated[float, Field(gt=0, le=1), WrapValidator(_as_given)]

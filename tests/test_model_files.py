@@ -62,19 +62,21 @@ def more_tokens(folder):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
+def change_tensors(folder, change):
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, {"format": "pt"})
+
+
 def smaller_embedding(folder):
-    tensors = load_file(folder / WEIGHTS)
-    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:1000]
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    name = "model.embed_tokens.weight"
+    change_tensors(folder, lambda tensors: tensors | {name: tensors[name][:1000]})
 
 
 def drop(folder, name):
-    save_file({n: t for n, t in load_file(folder / WEIGHTS).items() if n != name}, folder / WEIGHTS, {"format": "pt"})
+    change_tensors(folder, lambda tensors: {n: t for n, t in tensors.items() if n != name})
 
 
-def rename(folder, prefix):
-    tensors = {prefix + n: t for n, t in load_file(folder / WEIGHTS).items()}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+def rename(folder, old, new):
+    change_tensors(folder, lambda tensors: {n.replace(old, new, 1): t for n, t in tensors.items()})
 
 
 BROKEN = {
@@ -124,7 +126,7 @@ BROKEN = {
         r"lack model\.layers\.0\.mlp\.d",
     ),
     "weights: all renamed": (
-        lambda f: rename(f, "other."),
+        lambda f: rename(f, "", "other."),
         r"the weights lack model\.layers\.0|lack model\.embed_tokens",
     ),
     "weights: a folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "no weights in this folder"),
@@ -184,16 +186,14 @@ def test_weights_under_other_names_that_transformers_knows_pass(tmp_path):
         folder = tmp_path / config.model_type
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         AutoTokenizer.from_pretrained("lib/mini/model").save_pretrained(folder)
-        tensors = load_file(folder / WEIGHTS)
-        save_file({n.replace(old, new, 1): t for n, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+        rename(folder, old, new)
         check_model(str(folder), None, False)
         load_policy(str(folder), "cpu")
 
 
 def test_weights_that_are_no_numbers_are_refused(model):
-    tensors = load_file(model / WEIGHTS)
-    tensors["model.norm.weight"][3] = np.nan
-    save_file(tensors, model / WEIGHTS, {"format": "pt"})
+    name = "model.norm.weight"
+    change_tensors(model, lambda tensors: tensors | {name: np.full_like(tensors[name], np.nan)})
     with pytest.raises(UserError, match=r"model='\S+': model\.norm\.weight holds numbers that are not finite"):
         load_policy(str(model), "cpu")
 

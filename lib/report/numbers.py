@@ -49,7 +49,7 @@ def over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     measured = [*MEASURED, "undecided"]
     rows = rows.reindex(columns=[*dict.fromkeys([*keys, "seed", "path", "samples", *measured])])
     rows = rows.astype(dict.fromkeys(measured, float))  # None, where nothing was, is NaN
-    table, others = [], ["seeds", "samples", "undecided", "problems", "lowest", "highest", *SEVERAL]
+    table, others = [], ["seeds", "samples", "undecided", "lowest", "highest", "problems", *SEVERAL]
     for values, group in rows.groupby(keys, sort=False):
         row = dict(zip(keys, values, strict=True)) | group[MEASURED].mean().to_dict()
         row |= {
@@ -59,8 +59,7 @@ def over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         }
         row |= {"lowest": group["accuracy"].min(), "highest": group["accuracy"].max(), "problems": row["n"]}
         row |= dict.fromkeys(SEVERAL, np.nan)
-        verdicts = group[[*VERDICTS]].div(group["samples"], axis=0)  # each seed counts the same
-        row |= verdicts.mean().to_dict()
+        row |= group[[*VERDICTS]].div(group["samples"], axis=0).mean().to_dict()  # each seed counts the same
         for key, column in SHARES.items():
             found = cells(group, column).to_numpy().T
             mean = mean_share(found) if found.size else None
@@ -72,7 +71,7 @@ def over_seeds(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
                 row |= {"seed_share": mean.seed_share, **several_samples(found, group["samples"].to_numpy(), mean)}
         table.append(row)
     columns = [*keys, *MEASURED, *others, *(f"{key}_{end}" for key in SHARES for end in ("low", "high"))]
-    return pd.DataFrame(table, columns=None if table else columns)
+    return pd.DataFrame(table, columns=columns)
 
 
 def several_samples(shares: np.ndarray, samples: np.ndarray, mean: Estimate) -> dict[str, float]:

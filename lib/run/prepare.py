@@ -117,10 +117,10 @@ def _plan_savings(config: RunConfig, context: int) -> Savings:
     total, _ = card_memory(config.train_device)
     shape = model_shape(config.model, config.trust_remote_code, config.revision)
     optimizer = config.optimizer or "adamw8bit"  # the smallest
-    if (least := shape.parameters * BYTES[optimizer]) > total:
+    if (smallest := shape.parameters * BYTES[optimizer]) > total:
         raise UserError(
             f"train_device={config.train_device!r}: has {total / 1e9:.0f} GB, and {shape.parameters / 1e9:.1f} B "
-            f"parameters with their gradients and moments take {least / 1e9:.0f} GB with {optimizer}"
+            f"parameters with their gradients and moments take {smallest / 1e9:.0f} GB with {optimizer}"
         )
     if config.train_device != config.eval_device:
         return replace(plan_savings(total, shape, **asked), reserved=0)

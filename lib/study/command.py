@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lib.files import UserError, absolute, shorten_path
 from lib.run.lock import hold, release
-from lib.settings import PROFILES
+from lib.settings import PROFILES, SEEDS
 from lib.study import plan
 from lib.study.choice import CHOSEN, gather, plan_tuning, read_choice
 from lib.study.execution import notebook_parameters, read_value, sweep
@@ -62,8 +62,8 @@ def check_arguments(arguments: argparse.Namespace, shared: dict, defaults: dict)
     plan.check_names(shared, defaults)
     for size in arguments.sizes:
         plan.read_size(size, {"correct": 1})
-    if wrong := [seed for seed in arguments.seeds if not 0 <= seed < 1 << 32]:
-        raise UserError(f"--seeds {wrong[0]}: must be at least 0 and below {1 << 32}")
+    if wrong := [seed for seed in arguments.seeds if not 0 <= seed < SEEDS]:
+        raise UserError(f"--seeds {wrong[0]}: must be at least 0 and below {SEEDS}")
     for name in ("jobs", "cpus_per_run"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")

@@ -134,33 +134,24 @@ def engine_share(settings: dict, at_once: int, places: int) -> float | None:
     """
     if at_once == 1 or settings["eval_device"] == "cpu" or settings["gpu_memory_utilization"] is not None:
         return None
+    from lib.evaluation import memory
     from lib.evaluation.engine import DTYPES
-    from lib.evaluation.memory import (
-        BYTES,
-        GIB,
-        SPARE,
-        card_memory,
-        engine_bytes,
-        model_shape,
-        plan_savings,
-        policy_bytes,
-    )
 
     both = places > 1 or settings["train_device"] == settings["eval_device"]
     count = -(-at_once // places)  # of policies on one card, and of engines
-    shape = model_shape(settings["model"], settings["trust_remote_code"], settings["revision"])
-    total, _ = card_memory(settings["eval_device"])
+    shape = memory.model_shape(settings["model"], settings["trust_remote_code"], settings["revision"])
+    total, _ = memory.card_memory(settings["eval_device"])
     asked = {name: settings.get(name) for name in ("microbatch_tokens", "optimizer", "recompute")}
-    each = plan_savings(total, shape, **asked)  # as the run will plan it
-    policies = count * policy_bytes(shape, each.microbatch_tokens, BYTES[each.optimizer], each.recompute)
-    engines = count * engine_bytes(shape, DTYPES[settings["precision"]].itemsize, 0, 0)  # with no response yet
-    if policies + (engines if both else 0) >= SPARE * total:
-        beside = f" and {count} of the engines ({engines / GIB:.0f} GiB at least)" if both else ""
+    each = memory.plan_savings(total, shape, **asked)  # as the run will plan it
+    policies = count * memory.policy_bytes(shape, each.microbatch_tokens, memory.BYTES[each.optimizer], each.recompute)
+    engines = count * memory.engine_bytes(shape, DTYPES[settings["precision"]].itemsize, 0, 0)  # with no response yet
+    if policies + (engines if both else 0) >= memory.SPARE * total:
+        beside = f" and {count} of the engines ({engines / memory.GIB:.0f} GiB at least)" if both else ""
         raise UserError(
-            f"--jobs {at_once}: a GPU of {total / GIB:.0f} GiB is too small for {count} of the policies "
-            f"({policies / GIB:.0f} GiB){beside}; lower it, or -p microbatch_tokens"
+            f"--jobs {at_once}: a GPU of {total / memory.GIB:.0f} GiB is too small for {count} of the policies "
+            f"({policies / memory.GIB:.0f} GiB){beside}; lower it, or -p microbatch_tokens"
         )
-    return round((SPARE * total - (policies if both else 0)) / total / count, 3)
+    return round((memory.SPARE * total - (policies if both else 0)) / total / count, 3)
 
 
 def accuracy(folder: Path) -> str:

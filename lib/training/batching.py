@@ -104,7 +104,7 @@ def make_batches(sequences: list[Sequence], batch_size: int, epochs: float, max_
     while len(order) < number:
         order += generator.sample(sequences, len(sequences))
     order = order[:number]
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)][:steps]
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def make_microbatches(batch: list[Sequence], microbatch_tokens: int, share_prefix: bool = True) -> list[Microbatch]:

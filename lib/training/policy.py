@@ -46,9 +46,9 @@ def load_policy(
         raise UserError(f"model={model!r}: can't be loaded: {type(error).__name__}: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):  # transformers makes them up
         raise UserError(f"model={model!r}: its weights lack {missing[0]}, which its architecture needs")
+    policy = policy.to(device).eval()  # no dropout: training draws no random numbers
     if broken := next((name for name, weights in policy.named_parameters() if not weights.isfinite().all()), None):
         raise UserError(f"model={model!r}: {broken} holds numbers that are not finite")
-    policy = policy.to(device).eval()  # no dropout: training draws no random numbers
     policy.set_attn_implementation(attention.NAME)
     if policy.config._attn_implementation != attention.NAME:  # transformers only warns
         raise UserError(f"model={model!r}: its architecture takes no other attention, which packed sequences need")

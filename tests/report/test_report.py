@@ -437,15 +437,6 @@ def test_answers_are_read_once_for_all_seeds(many):
     assert cells(lines[lines["size"] == "full"]).shape == (300, 3)
 
 
-def change(path, **values):
-    """In every line of a JSONL file, or in its only object."""
-    if path.suffix == ".jsonl":
-        lines = [json.loads(line) | values for line in path.read_text().splitlines()]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    else:
-        write_json(path, json.loads(path.read_text()) | values)
-
-
 def test_a_study_without_greedy_answers_has_a_report(tmp_path):
     runs = fabricate(tmp_path, {size: PLANS[size] for size in ("n128", "full")})
     for path in runs.glob("*/evaluations.jsonl"):
@@ -519,12 +510,9 @@ def test_bases_that_prove_different_things_are_named(tmp_path):
 
 def test_a_seed_with_more_samples_weighs_no_more(tmp_path):
     one, four = (fabricate(tmp_path / str(k), {"full": PLANS["full"]}, seeds=(k,), samples=k) for k in (1, 4))
+    alone = [numbers.by_subject_and_level(load(folder)) for folder in (one, four)]
     shutil.copytree(four / "full-seed4", one / "full-seed4")
     study = load(one)
-    alone = [numbers.by_subject_and_level(load(folder)).query("size == 'full'") for folder in (one, four)]
-    alone[0] = numbers.by_subject_and_level(
-        load(fabricate(tmp_path / "again", {"full": PLANS["full"]}, seeds=(1,), samples=1))
-    )
     shares = [found.query("size == 'full'").set_index(["subject", "level"]) for found in alone]
     both = numbers.by_subject_and_level(study).query("size == 'full'").set_index(["subject", "level"])
     mean = sum(found["correct"] / found["n"] for found in shares) / 2

@@ -52,8 +52,11 @@ def test_what_was_there_stays_until_the_run_that_replaces_it_has_an_engine(param
             str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "run.log"
         }
 
+    def fail(*_):
+        raise EngineError("no engine")
+
     before = files()
-    monkeypatch.setattr(life_cycle, "start_engine", lambda *_: (_ for _ in ()).throw(EngineError("no engine")))
+    monkeypatch.setattr(life_cycle, "start_engine", fail)
     for _ in range(2):
         with pytest.raises(EngineError):
             life_cycle.start(prepare(resolve(parameters | {"overwrite": True})))
@@ -65,7 +68,7 @@ def test_what_was_there_stays_until_the_run_that_replaces_it_has_an_engine(param
     lock.release(folder)
     assert files() != before
     monkeypatch.undo()
-    monkeypatch.setattr(life_cycle, "start_engine", lambda *_: (_ for _ in ()).throw(EngineError("no engine")))
+    monkeypatch.setattr(life_cycle, "start_engine", fail)
     with pytest.raises(EngineError):
         life_cycle.start(prepare(resolve(parameters | {"overwrite": True})))
     assert files() == before
