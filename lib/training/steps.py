@@ -19,7 +19,7 @@ from lib.settings import Optimization
 from lib.training.batching import Microbatch, Sequence, make_microbatches
 from lib.training.policy import backward, forward
 
-EVALUATED_AT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # shares of a run's steps
+EVALUATED_AT = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # shares of a run's steps; in the first few the learning rate warms up
 
 
 class TrainingError(RuntimeError):
