@@ -34,8 +34,8 @@ def install(model) -> None:
     def noted(*arguments, **settings):
         output = schedule(*arguments, **settings)
         requests = len(output.num_scheduled_tokens)
-        row = {"at": time.perf_counter(), "running": len(scheduler.running), "waiting": len(scheduler.waiting)}
-        row |= {"requests": requests, "mixed": output.total_num_scheduled_tokens > requests, "spent": dict(seconds)}
+        row = {"at": time.perf_counter(), "running": len(scheduler.running), "spent": dict(seconds)}
+        row |= {"requests": requests, "mixed": output.total_num_scheduled_tokens > requests}
         steps.append(row)
         return output
 
@@ -58,10 +58,10 @@ def report(model) -> dict[str, dict]:
 
 
 def split_phases(steps: list[dict]) -> dict[str, dict]:
-    """The steps until the engine is full, while requests wait, and after that. Mixed ones prefill and decode."""
+    """The steps until the engine is full, until the last request begins, and after that. Mixed ones take in prompts."""
     most = max(step["running"] for step in steps)
     full = next(i for i, step in enumerate(steps) if step["running"] >= 0.98 * most)
-    tail = next((i for i, step in enumerate(steps) if i > full and step["waiting"] == 0), len(steps) - 1)
+    tail = max(i for i, step in enumerate(steps) if step["mixed"] or i == full) + 1
     phases = {}
     for name, first, last in (("fill", 0, full), ("steady", full, tail), ("tail", tail, len(steps) - 1)):
         part, begin, end = steps[first:last], steps[first], steps[last]

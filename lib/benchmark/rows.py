@@ -25,6 +25,7 @@ VLLM, GENERATE = "vLLM", "generate, batch 256"
 SWITCHES = {  # settings of vLLM, or variables of the environment of the engines' processes
     "no prefix cache": {"enable_prefix_caching": False},
     "mixed steps not recorded": {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"},
+    "refilled one by one": {"SFT_WAVE": "0"},
     "core apart": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
     "profiled": {},
 }
@@ -35,7 +36,8 @@ LENGTHS = [
     *(f"{THREE}: {decoding}" for decoding in (SAMPLED, BOTH, IN_TURN)),
     *(f"{THREE}, no prefix cache: {decoding}" for decoding in (SAMPLED, BOTH)),
     f"4 engines: {SAMPLED}",
-    f"1 engine, profiled: {SAMPLED}",
+    *(f"1 engine, profiled{how}: {SAMPLED}" for how in ("", ", refilled one by one")),
+    f"{THREE}, refilled one by one: {BOTH}",
     f"1 engine, mixed steps not recorded: {SAMPLED}",
     f"{THREE}, core apart: {SAMPLED}",  # the last: its memory comes back late
 ]

@@ -7,17 +7,20 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import math
 import os
 import signal
 import sys
 import textwrap
 import time
 import traceback
+from collections import deque
 from multiprocessing.connection import Connection
 
 from lib.evaluation.replica import Generation, Sampling
 
 STOP = "</answer>"
+WAVE = float(os.environ.get("SFT_WAVE", 1 / 8))  # share of an engine's places that are refilled together
 SIGN_OF_LIFE = 1.0  # seconds between two of them, as long as responses come in
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 # What vLLM imports only when an engine starts, imported before it is asked for.
@@ -74,14 +77,19 @@ class Server:
         import torch
 
         torch.manual_seed(seed)
-        own_seeds = torch.cuda.is_available() and self.llm.llm_engine.vllm_config.use_v2_model_runner
-        prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in requests]
-        parameters = [_sampling_parameters(s, own if own_seeds else None, log_probs) for _, s, own in requests]
-        self.llm.enqueue(prompts, parameters, use_tqdm=False)
-        responses, engine, tokenizer = {}, self.llm.llm_engine, self.llm.get_tokenizer()
-        while engine.has_unfinished_requests():
+        config, engine, tokenizer = self.llm.llm_engine.vllm_config, self.llm.llm_engine, self.llm.get_tokenizer()
+        own_seeds = torch.cuda.is_available() and config.use_v2_model_runner
+        places = config.scheduler_config.max_num_seqs if own_seeds else math.inf
+        responses, waiting, running = {}, deque(requests), 0
+        while waiting or engine.has_unfinished_requests():
+            if wave := next_wave(waiting, running, places):
+                running += sum(sampling.samples for _, sampling, _ in wave)
+                prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in wave]
+                parameters = [_sampling_parameters(s, own if own_seeds else None, log_probs) for _, s, own in wave]
+                self.llm.enqueue(prompts, parameters, use_tqdm=False)
             for output in engine.step():
                 if output.finished:
+                    running -= len(output.outputs)
                     responses[int(output.request_id)] = [_generation(o, log_probs, tokenizer) for o in output.outputs]
             if time.monotonic() - self.told > SIGN_OF_LIFE:
                 self.told = time.monotonic()
@@ -98,6 +106,21 @@ class Server:
 
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(load(content).items())})
         self.llm.apply_model(_repack_tied_head)
+
+
+def next_wave(waiting: deque, running: int, places: float) -> list[tuple]:
+    """Take from `waiting` the requests that begin now, beside `running` responses: none until `WAVE` of places is free.
+
+    A step that takes in a prompt costs vLLM 20 ms of Python more than one that only decodes, and with places refilled
+    one by one 690 of 727 steps did (1024 places, 1.5 B parameters, H100: runs/benchmark/lengths.jsonl).
+    """
+    wave, free = [], places - running
+    if running and free < WAVE * places:
+        return wave
+    while waiting and (waiting[0][1].samples <= free or not (running or wave)):
+        free -= waiting[0][1].samples
+        wave.append(waiting.popleft())
+    return wave
 
 
 def _describe(error: BaseException) -> str:

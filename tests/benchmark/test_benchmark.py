@@ -214,18 +214,20 @@ def test_the_evaluation_s_table_shows_what_was_busy():
     assert shown.tolist() == ["64,400", "165", "5.0 %", "20.0 %", "97.0 %"]
 
 
-def test_phases_of_an_engine_split_where_it_is_full_and_where_nothing_waits():
-    def step(at, running, waiting, requests, mixed, seconds):
+def test_phases_of_an_engine_split_where_it_is_full_and_where_the_last_request_begins():
+    def step(at, running, requests, mixed, seconds):
         spent = {"schedule": seconds, "result": 2 * seconds}
-        return {"at": at, "running": running, "waiting": waiting, "requests": requests, "mixed": mixed, "spent": spent}
+        return {"at": at, "running": running, "requests": requests, "mixed": mixed, "spent": spent}
 
-    steps = [step(0, 2, 9, 2, True, 0.0), step(1, 100, 5, 100, True, 0.1), step(2, 99, 4, 99, True, 0.2)]
-    steps += [step(4, 100, 2, 100, False, 0.3), step(5, 100, 0, 100, False, 0.5), step(6, 3, 0, 3, False, 0.6)]
+    steps = [step(0, 2, 2, True, 0.0), step(1, 100, 100, True, 0.1), step(2, 99, 99, False, 0.2)]
+    steps += [step(4, 100, 100, True, 0.3), step(5, 100, 100, False, 0.5), step(6, 3, 3, False, 0.6)]
     phases = profile.split_phases(steps)
     assert {name: phase["seconds"] for name, phase in phases.items()} == {"fill": 1, "steady": 4, "tail": 1}
     assert (phases["steady"]["steps"], phases["steady"]["mixed"]) == (3, 2)
     assert phases["steady"]["schedule"] == pytest.approx(0.4) and phases["steady"]["result"] == pytest.approx(0.8)
-    shown = show.tabulate_phases([{"part": "lengths", "phases": phases}])
+    one_wave = profile.split_phases([step(0, 9, 9, True, 0.0), step(1, 9, 9, False, 0.1), step(2, 1, 1, False, 0.2)])
+    assert {name: phase["seconds"] for name, phase in one_wave.items()} == {"steady": 1, "tail": 1}
+    shown = show.tabulate_phases([{"part": "lengths", "variant": "1 engine", "phases": phases}])
     assert shown["phase"].tolist() == ["fill", "steady", "tail"] and shown["waiting for the GPU, s"].tolist()[1] == 0.8
 
 

@@ -1,7 +1,9 @@
 """Real vLLM on the CPU: the engine holds the weights that were sent, and forgets what it computed with the old ones."""
 
+import math
 import threading
 import time
+from collections import deque
 
 import pytest
 import torch
@@ -103,6 +105,39 @@ def test_sampling_hangs_on_the_seed(engine, policy, prompts):
     load_policy_into_vllm_instance(policy, engine)
     first, again, other = ([g.token_ids for (g,) in generate(engine, prompts, Sampling(), seed=s)] for s in (5, 5, 6))
     assert first == again != other
+
+
+def test_places_are_refilled_in_waves_and_the_answers_are_the_same(engine, policy, prompts, monkeypatch):
+    load_policy_into_vllm_instance(policy, engine)
+    questions = [prompt[:length] for length in range(20, 60) for prompt in prompts[:1]]
+    asked = Sampling(0.0, 1.0, 12)
+    together, take, seen = generate(engine, questions, asked), worker.next_wave, []
+
+    def take_beside(waiting, running, _places):
+        wave = take(waiting, running, 8)
+        seen.append((running, len(wave)))
+        return wave
+
+    monkeypatch.setattr(worker, "next_wave", take_beside)
+    monkeypatch.setattr(worker, "WAVE", 0.5)
+    in_waves = generate(engine, questions, asked)
+    assert [g.token_ids for (g,) in in_waves] == [g.token_ids for (g,) in together]
+    assert sum(new for _, new in seen) == 40 and all(running + new <= 8 for running, new in seen)
+    assert all(running <= 4 for running, new in seen if new)
+
+
+def test_a_wave_waits_for_its_share_of_the_places():
+    def requests(count, samples=1):
+        return deque([([number], Sampling(samples=samples), 0) for number in range(count)])
+
+    waiting = requests(100)
+    assert len(worker.next_wave(waiting, 0, 64)) == 64 and len(waiting) == 36
+    assert worker.next_wave(waiting, 57, 64) == []  # an eighth of the places is not free yet
+    assert [prompt for prompt, _, _ in worker.next_wave(waiting, 56, 64)] == [[n] for n in range(64, 72)]
+    assert len(worker.next_wave(waiting, 0, math.inf)) == 28 and not waiting
+    assert len(worker.next_wave(requests(9, samples=3), 0, 8)) == 2
+    assert len(worker.next_wave(requests(2, samples=12), 0, 8)) == 1  # more than there are places, and nothing runs
+    assert worker.next_wave(requests(2, samples=12), 1, 8) == []
 
 
 def test_samples_of_a_problem_differ(engine, policy, prompts):
