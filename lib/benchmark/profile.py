@@ -61,7 +61,7 @@ def split_phases(steps: list[dict]) -> dict[str, dict]:
     """The steps until the engine is full, until the last request begins, and after that. Mixed ones take in prompts."""
     most = max(step["running"] for step in steps)
     full = next(i for i, step in enumerate(steps) if step["running"] >= 0.98 * most)
-    tail = max(i for i, step in enumerate(steps) if step["mixed"] or i == full) + 1
+    tail = min(max(i for i, step in enumerate(steps) if step["mixed"] or i == full) + 1, len(steps) - 1)
     phases = {}
     for name, first, last in (("fill", 0, full), ("steady", full, tail), ("tail", tail, len(steps) - 1)):
         part, begin, end = steps[first:last], steps[first], steps[last]
