@@ -46,9 +46,12 @@ def measured(rows: list[dict], part: str) -> dict[str, dict]:
 
 def tabulate_phases(rows: list[dict]) -> pd.DataFrame:
     """Where an engine's seconds went: until it was full, until the last request began, and in the tail."""
-    found = [(row["variant"], *phase) for row in rows for phase in row.get("phases", {}).items()]
-    phases = [{"variant": variant, "phase": name, **phase} for variant, name, phase in found]
-    return pd.DataFrame(phases).rename(columns=PHASES).round(1)
+    lines = [
+        {"variant": row["variant"], "phase": name, **phase}
+        for row in rows
+        for name, phase in row.get("phases", {}).items()
+    ]
+    return pd.DataFrame(lines).rename(columns=PHASES).round(1)
 
 
 def tabulate_kernels(rows: list[dict]) -> pd.DataFrame:

@@ -109,7 +109,7 @@ def test_sampling_hangs_on_the_seed(engine, policy, prompts):
 
 def test_places_are_refilled_in_waves_and_the_answers_are_the_same(engine, policy, prompts, monkeypatch):
     load_policy_into_vllm_instance(policy, engine)
-    questions = [prompt[:length] for length in range(20, 60) for prompt in prompts[:1]]
+    questions = [prompts[0][:length] for length in range(20, 60)]
     asked = Sampling(0.0, 1.0, 12)
     together, take, seen = generate(engine, questions, asked), worker.next_wave, []
 
