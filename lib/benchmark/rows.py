@@ -26,6 +26,7 @@ SWITCHES = {  # settings of vLLM, or variables of the environment of the engines
     "no prefix cache": {"enable_prefix_caching": False},
     "mixed steps not recorded": {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"},
     "refilled one by one": {"SFT_WAVE": "0"},
+    "refilled in quarters": {"SFT_WAVE": "0.25"},
     "core apart": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
     "profiled": {},
 }
@@ -37,7 +38,7 @@ LENGTHS = [
     *(f"{THREE}, no prefix cache: {decoding}" for decoding in (SAMPLED, BOTH)),
     f"4 engines: {SAMPLED}",
     *(f"1 engine, profiled{how}: {SAMPLED}" for how in ("", ", refilled one by one")),
-    f"{THREE}, refilled one by one: {BOTH}",
+    *(f"{THREE}, {how}: {BOTH}" for how in ("refilled one by one", "refilled in quarters")),
     f"1 engine, mixed steps not recorded: {SAMPLED}",
     f"{THREE}, core apart: {SAMPLED}",  # the last: its memory comes back late
 ]
