@@ -5,6 +5,7 @@ file, not a process of `multiprocessing`: those import the caller's main module,
 and keep a program from ending. A worker ends when its pipe closes, and so when its parent ends, in whatever way.
 """
 
+import contextlib
 import importlib
 import os
 import resource
@@ -35,7 +36,8 @@ class Worker:
         with theirs:
             command = [sys.executable, __file__]
             self.process = Popen(command, stdin=theirs.fileno(), stdout=DEVNULL, stderr=DEVNULL)
-        self.pipe.send(([str(Path(__file__).resolve().parents[2]), *sys.path], PROVER))
+        with contextlib.suppress(BrokenPipeError):  # already gone: whoever asks it will notice
+            self.pipe.send(([str(Path(__file__).resolve().parents[2]), *sys.path], PROVER))
 
     def ask(self, question: tuple, timeout: float, memory_bytes: int) -> bool | str | None:
         """Return the answer, or why it can't start. Raises EOFError or OSError where it is gone or stands still."""
