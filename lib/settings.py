@@ -112,7 +112,7 @@ class RunConfig(BaseModel):
     n_val: Count = parameter(None, "problems evaluated while training, stratified by subject and level")
     n_val_final: Count | None = parameter(None, "problems evaluated at the start and the end; None: all")
     eval_interval: Count | None = parameter(
-        None, "optimizer steps between evaluations; None: 1, 2, 5, 10, 20, 40, 70, 100 % of a run"
+        None, "optimizer steps between evaluations; None: 5, 10, 20, 40, 70, 100 % of a run"
     )
     samples_per_problem: Count = parameter(1, "sampled responses a problem at the start and the end")
     temperature: NotNegative = parameter(1.0, "of sampling")

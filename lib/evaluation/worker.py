@@ -111,9 +111,9 @@ class Server:
 def next_wave(waiting: deque, running: int, places: float) -> list[tuple]:
     """Take from `waiting` the requests that begin now, beside `running` responses: none until `WAVE` of places is free.
 
-    Of the steps of an engine whose 1024 places were refilled one by one 95 % took in a prompt, and vLLM spent 22 ms on
-    launching each; the steps of its tail, which only decode 128 responses, took 1.5 ms (1.5 B parameters, H100:
-    runs/benchmark/lengths.jsonl). What waves gain there was not measured yet.
+    Refilled one by one, 888 of 924 steps of a full engine took in a prompt, at 52 ms each; in waves 36 of 986 do, at
+    40 ms. So 5000 answers take 47 s instead of 58 by one engine, and their two decodings 46 s instead of 56 by three
+    (1.5 B parameters, one H200: runs/benchmark/lengths.jsonl).
     """
     wave, free = [], places - running
     if running and free < WAVE * places:
