@@ -66,7 +66,7 @@ report: setup  ## six runs for each seed (SEEDS="0 1 2"), and the report
 
 test: setup  ## style and all tests
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder  # files with many tests are not the longest
 
 faults: setup  ## real runs killed, interrupted, starved and broken, and what became of them: 15 minutes
 	$(BIN)/python -m pytest -q -m faults

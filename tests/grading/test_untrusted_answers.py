@@ -249,6 +249,10 @@ def make_cases(attack, count: int, seed: int) -> list[tuple[str, str]]:
     return [attack(rng, rng.choice(GOLDS)) for _ in range(count)]
 
 
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_no_attack_wins_hangs_or_executes(attack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -256,7 +260,8 @@ def test_no_attack_wins_hangs_or_executes(attack, tmp_path, monkeypatch):
     if attack is a_megabyte:
         count = max(1, count // 20)
     cases = make_cases(attack, count, seed=0)
-    slowest = 0.0
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from now on: another test's engine may have taken more
+    before, slowest = peak_memory(), 0.0
     for response, gold in cases:  # in this process: text only
         start = time.process_time()
         judge(response, [gold])
@@ -265,7 +270,7 @@ def test_no_attack_wins_hangs_or_executes(attack, tmp_path, monkeypatch):
     graded = grade_many(*zip(*cases, strict=True), workers=2, timeout=SECONDS, memory_bytes=MEMORY)
     assert [case for case, grade in zip(cases, graded, strict=True) if grade["reward"] or grade["answer_reward"]] == []
     assert list(Path(tmp_path).iterdir()) == []
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 2 * MEMORY
+    assert peak_memory() - before < MEMORY
 
 
 def test_an_attack_beside_an_honest_answer_costs_it_nothing():
