@@ -29,10 +29,11 @@ $(VENV)/.installed-$(BUILD): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing the $(BUILD) build (a few minutes the first time) ..."
 ifeq ($(MACHINE),$(LOCKED_MACHINE))
-	@# uv installs torch alone; the rest is pip's everywhere. For both a wrong hash ends the set-up.
-	@$(PIP_FINDS_TORCH) || { $(BIN)/pip install -qq $(UV) && sed -n '/^torch==/,/[^\\]$$/p' $(LOCK) \
-		| $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu --require-hashes --no-deps -r -; }
-	@$(BIN)/pip install -qq --require-hashes --no-deps -r $(LOCK)
+	@# uv takes a third of pip's time. Where it does not reach what pip's settings name, pip takes its place. For both a
+	@# wrong hash ends the set-up.
+	@$(BIN)/pip install -qq $(UV) && UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q --system-certs --compile-bytecode \
+		--python $(BIN)/python $$($(PIP_FINDS_TORCH) || echo --torch-backend=cpu) --require-hashes --no-deps -r $(LOCK) \
+		|| { echo "uv could not; now with pip ..." && $(BIN)/pip install -qq --require-hashes --no-deps -r $(LOCK); }
 	@# Built with the lock's setuptools: nothing comes from outside the lock.
 	@$(BIN)/pip install -qq --no-build-isolation --no-deps -e .
 else
