@@ -18,6 +18,7 @@ UNNEEDED := torchvision torchaudio torchcodec
 UV := uv==0.13.9
 CPU_TORCH := $(shell grep -o 'torch==[0-9.]*' pyproject.toml)+cpu
 PIP_FINDS_TORCH = $(BIN)/pip install -qq --dry-run --ignore-installed --no-deps '$(CPU_TORCH)' 2>/dev/null
+TORCH_BACKEND = $$($(PIP_FINDS_TORCH) || echo --torch-backend=cpu)
 
 .PHONY: setup lock run report test faults cluster lint
 
@@ -32,7 +33,7 @@ ifeq ($(MACHINE),$(LOCKED_MACHINE))
 	@# uv takes a third of pip's time. Where it does not reach what pip's settings name, pip takes its place. For both a
 	@# wrong hash ends the set-up.
 	@$(BIN)/pip install -qq $(UV) && UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install -q --system-certs --compile-bytecode \
-		--python $(BIN)/python $$($(PIP_FINDS_TORCH) || echo --torch-backend=cpu) --require-hashes --no-deps -r $(LOCK) \
+		--python $(BIN)/python $(TORCH_BACKEND) --require-hashes --no-deps -r $(LOCK) \
 		|| { echo "uv could not; now with pip ..." && $(BIN)/pip install -qq --require-hashes --no-deps -r $(LOCK); }
 	@# Built with the lock's setuptools: nothing comes from outside the lock.
 	@$(BIN)/pip install -qq --no-build-isolation --no-deps -e .
@@ -49,7 +50,7 @@ lock:  ## the lock file from pyproject.toml: versions stay where they fit (UPGRA
 	$(BIN)/pip install -qq $(UV)
 	@# Wheels only: what pip would build itself could bring in more than the lock names.
 	UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip compile -q pyproject.toml --no-sources --extra cpu --extra dev --output-file $(LOCK) \
-		$$($(PIP_FINDS_TORCH) || echo --torch-backend=cpu) --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+		$(TORCH_BACKEND) --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
 		--generate-hashes --only-binary :all: --emit-build-options $(UNNEEDED:%=--no-emit-package=%) $(UPGRADE) \
 		--custom-compile-command 'make lock  # for CPython 3.11 on Linux x86_64'
 
