@@ -49,9 +49,9 @@ def environment() -> dict:
 
 
 def memory_used() -> list[int]:
-    """MiB in use on each GPU, by whomever."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return [int(line) for line in subprocess.run(query, capture_output=True, text=True).stdout.split()]
+    """MiB in use on each GPU that CUDA_VISIBLE_DEVICES shows, by whomever."""
+    seen = [torch.cuda.mem_get_info(device) for device in range(torch.cuda.device_count())]
+    return [(total - free) >> 20 for free, total in seen]
 
 
 def start(train_device: str, eval_device: str, end: str = "normal", share: float = 0.3, engines: int = 0):
