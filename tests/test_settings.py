@@ -216,3 +216,18 @@ def test_what_the_data_refuses_is_said_before_a_model_is_loaded(parameters, wron
     with pytest.raises(UserError, match=message):
         prepare(resolve(parameters | wrong))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_texts_longer_than_a_sliding_window_are_refused_before_a_model_is_loaded(parameters, used, tmp_path):
+    model = tmp_path / "sliding"
+    shutil.copytree(parameters["model"], model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"use_sliding_window": used, "sliding_window": 48, "max_window_layers": 0}
+    (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "layer_types"}))
+    settings = resolve(parameters | {"model": str(model)})
+    if not used:
+        prepare(settings)
+        return
+    with pytest.raises(UserError, match=r"max_new_tokens=\d+: .* 48 tokens of sliding attention"):
+        prepare(settings)

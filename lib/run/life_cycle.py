@@ -20,7 +20,7 @@ from lib.run.run import DISK_FULL, Run
 from lib.run.tracker import Tracker
 from lib.settings import check_run_dir
 from lib.training import checkpoint
-from lib.training.policy import load_policy
+from lib.training.policy import load_policy, save_policy
 from lib.training.steps import Step, make_optimizer, steps
 
 
@@ -108,8 +108,7 @@ def finish(run: Run) -> dict:
         shutdown(run.engine)
         stop_workers()
         if config.keep_model:
-            run.policy.save_pretrained(config.run_dir / "model")
-            run.tokenizer.save_pretrained(config.run_dir / "model")
+            save_policy(run.policy, run.tokenizer, config.run_dir / "model")
     tokens, train_seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)
     with run.recorded("finish"):
         summary = run.tracker.finish(

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from lib.contamination import find_contamination
 from lib.data import load_evaluation_problems, load_examples, select_examples, stratified_subset
@@ -98,15 +98,22 @@ def _prepare(config: RunConfig, replicas: list[Replica]) -> Run:
     model = AutoConfig.from_pretrained(
         config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
-    limit = getattr(model, "max_position_embeddings", None) or float("inf")
     needed = {"max_new_tokens": context, "max_length": max(len(s.token_ids) for s in sequences)}
-    for name, tokens in needed.items():
-        if tokens > limit:
-            raise UserError(
-                f"{name}={getattr(config, name)}: the longest text has {tokens} tokens, more than the model's {limit} "
-                "positions"
-            )
+    for limit, what in _limits(model.get_text_config()):
+        for name, tokens in needed.items():
+            if tokens > limit:
+                longest = f"the longest text has {tokens} tokens"
+                raise UserError(f"{name}={getattr(config, name)}: {longest}, more than the model's {limit} {what}")
     return run
+
+
+def _limits(model: PreTrainedConfig) -> list[tuple[int, str]]:
+    """How many tokens a text may have, and by what."""
+    found = [(getattr(model, "max_position_embeddings", None), "positions")]
+    if "sliding_attention" in (getattr(model, "layer_types", None) or ["sliding_attention"]):
+        beyond = "tokens of sliding attention (sliding_window), beyond which training on packed sequences can't go"
+        found.append((getattr(model, "sliding_window", None), beyond))
+    return [(limit, what) for limit, what in found if limit]
 
 
 def _plan_savings(config: RunConfig, context: int) -> Savings:

@@ -2,11 +2,12 @@
 
 import functools
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as compiler
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lib.files import UserError, first_line
@@ -67,6 +68,20 @@ def load_policy(
         for layer in getattr(policy.get_decoder(), "layers", ()):
             layer.compile(dynamic=True)  # lengths differ from microbatch to microbatch
     return policy
+
+
+def save_policy(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights, configuration and tokenizer as a model folder.
+
+    Of a generation_config.json that transformers reads and refuses to write, the special tokens stay.
+    """
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError:  # such as a temperature without do_sample
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        policy.generation_config = GenerationConfig(**{n: getattr(policy.generation_config, n) for n in names})
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _recompute_layers(policy: nn.Module, model: str) -> None:

@@ -1,7 +1,9 @@
 """The course's functions against a second route, and the training path against them: loss and gradients."""
 
 import importlib.util
+import json
 import math
+import shutil
 import time
 import weakref
 
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lib.data import Example, load_examples
 from lib.files import UserError
+from lib.model_files import check_model
 from lib.settings import resolve
 from lib.training import checkpoint
 from lib.training import policy as policy_module
@@ -29,7 +32,15 @@ from lib.training.batching import (
     pad,
     shared_prefix_length,
 )
-from lib.training.policy import backward, forward, load_policy, load_tokenizer, named_weights, response_log_probs
+from lib.training.policy import (
+    backward,
+    forward,
+    load_policy,
+    load_tokenizer,
+    named_weights,
+    response_log_probs,
+    save_policy,
+)
 from lib.training.steps import (
     TrainingError,
     check_optimizer,
@@ -464,6 +475,17 @@ def test_a_checkpoint_keeps_moments_of_8_bits(tiny_model, tmp_path):
             for part in ("codes", "scale") if hasattr(tensor, "codes") else ("data",):
                 torch.testing.assert_close(*(getattr(s[index][name], part) for s in (others, states)), rtol=0, atol=0)
     assert any(hasattr(values["exp_avg"], "codes") for values in states.values())
+
+
+@pytest.mark.parametrize("generation", [{"temperature": 0.6, "top_p": 0.9}, {"do_sample": False, "top_k": 5}, {}])
+def test_a_trained_model_is_kept_whatever_its_generation_config_says(generation, tiny_model, tokenizer, tmp_path):
+    """transformers reads a temperature without do_sample and refuses to write it: that must not cost the run."""
+    shutil.copytree(tiny_model, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [0, 1]}))
+    policy = load_policy(str(tmp_path / "base"), "cpu")
+    save_policy(policy, tokenizer, tmp_path / "model")
+    check_model(str(tmp_path / "model"), None, False)
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [0, 1]
 
 
 def test_a_missing_library_is_named(monkeypatch):
