@@ -147,7 +147,10 @@ def gold_answers(ground_truth, name: str) -> list[str]:
     listed = ground_truth.tolist() if hasattr(ground_truth, "tolist") else ground_truth  # of NumPy, pandas, torch
     golds = []
     for gold in listed if isinstance(listed, list | tuple) else [listed]:
-        if not isinstance(gold, str | numbers.Real) or isinstance(gold, bool) or str(gold) in ("nan", "inf", "-inf"):
+        number = (
+            isinstance(gold, numbers.Real) and not isinstance(gold, bool) and str(gold) not in ("nan", "inf", "-inf")
+        )
+        if not number and not isinstance(gold, str):
             raise UserError(f"{name} must be a text, a number or a list of them, not {gold!r}")
         # A number is written out: 1e-07 as 0.0000001.
         gold = format(Decimal(str(gold)), "f") if isinstance(gold, float) else str(gold)

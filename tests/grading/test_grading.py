@@ -413,6 +413,8 @@ def test_deliberate_differences_from_the_course(kind):
         (["6", "5"], True),
         ([6, 5], True),
         (r"\boxed{5}", True),
+        ("inf", False),
+        ("nan", False),
         ("some text #### 5", True),
         (("6", "5"), True),
         (5.5, False),
