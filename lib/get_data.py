@@ -57,6 +57,9 @@ FIELDS = {
 }
 
 
+MODELS_OWN = re.compile(r"</?think>|<answer>|\\(?:boxed|fbox)")  # a model wrote it, so its answer may be another
+
+
 @dataclass(frozen=True)
 class Row(Problem):
     """A problem with its text as its id; its answer and its trace, which is a whole response, may be None."""
@@ -159,17 +162,24 @@ def make_row(row: dict, columns: dict[str, tuple[str, ...]], where: str, counts:
     answer = answer or (trace and boxed_answer(trace)) or None
     if trace and not final and not set(columns["final"]) & set(row):
         final = boxed_answer(trace)
-        if not final and answer and "<answer>" not in trace:
+        if not final and answer and not MODELS_OWN.search(trace):
             counts["traces_given_the_gold_answer"] += 1
             final = answer
     return Row(problem, problem, answer, level_name(level), subject, trace and make_response(trace, final, counts))
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What the last `\boxed{...}` holds, or what stands behind a last `\boxed` without braces; `\fbox` is the same."""
+    r"""What the last `\boxed{...}` holds, or what stands behind a last `\boxed` without braces; `\fbox` is the same.
+
+    A box of which a text only speaks ("put it in \boxed.") is none.
+    """
     bare = r"\\(?:boxed|fbox)\s*((?:[^\s{}$\\.,]|[.,](?=\d))*)"
-    text = re.sub(bare, lambda m: r"\boxed" + (f"{{{m[1]}}}" if m[1] else ""), text)
-    return boxed(text) if r"\boxed" in text else None
+
+    def in_braces(found: re.Match) -> str:
+        return rf"\boxed{{{found[1]}}}" if found[1] else r"\boxed" if text[found.end() :].startswith("{") else ""
+
+    plain = re.sub(bare, in_braces, text)
+    return boxed(plain) if r"\boxed" in plain else None
 
 
 def make_response(trace: str, final: str | None, counts: Counter) -> str:

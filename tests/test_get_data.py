@@ -355,11 +355,30 @@ def test_a_trace_gets_the_form_and_keeps_its_own_answer(trace, said, right, tmp_
         (r"\fbox {x+1}", "x+1"),
         (r"\boxed{\text{(A)}}", r"\text{(A)}"),
         (r"\boxed{", None),
+        (r"so \boxed{8}. (Put it in \boxed.)", "8"),
+        (r"so \boxed {8}: no \fbox needed", "needed"),
+        (r"\boxed{8}, no: \boxed{\frac{1}{2", None),
         ("12", None),
     ],
 )
 def test_the_answer_in_a_box(text, answer):
     assert get_data.boxed_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "trace", ["<think>\n3+5 = 8.\n</think>\n\nThe answer is 8.", "<think>\nLet me see", r"It is \boxed{\frac{1}{2"]
+)
+def test_what_a_model_wrote_without_an_answer_is_not_given_the_gold_one(trace, tmp_path, monkeypatch):
+    run(
+        monkeypatch,
+        "files",
+        tmp_path / "made",
+        "--from",
+        write(tmp_path / "a.jsonl", [r | {"trace": trace} for r in ADDING]),
+    )
+    assert all("<answer>" not in row["response"] for row in read(tmp_path / "made" / "sft.jsonl"))
+    counts = json.loads((tmp_path / "made" / "SOURCE.json").read_text())["counts"]
+    assert counts["traces_without_an_answer"] == 20 and "traces_given_the_gold_answer" not in counts
 
 
 @pytest.mark.parametrize("empty", [None, "", " "])
