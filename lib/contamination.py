@@ -67,8 +67,9 @@ def find_contamination(seen: Sequence[Question], problems: Sequence[Question]) -
 
 CHARACTERS = str.maketrans(
     dict.fromkeys("’‘′´`", "'") | dict.fromkeys("−–—‐‑", "-") | dict.fromkeys("·⋅∙", "*")
-    | {"×": "*", "÷": "/", "⁄": "/", "²": "^2", "³": "^3", "≤": "<=", "≥": ">=", "≠": "!=", "π": " pi "}
-    | {"°": " degrees "}
+    | {"×": "*", "÷": "/", "⁄": "/", "²": "^2", "³": "^3", "≤": "<=", "≥": ">=", "≠": "!="}
+    | {"°": " degrees ", "%": " percent ", "√": r" \sqrt ", "∠": r" \angle ", "△": r" \triangle ", "∞": r" \infty "}
+    | {"π": r" \pi ", "α": r" \alpha ", "β": r" \beta ", "γ": r" \gamma ", "θ": r" \theta ", "λ": r" \lambda "}
 )  # fmt: skip
 LATEX = [
     (r"^\s*(?:problem|question|exercise|example)\s*\d+\s*[.:)]", ""),
@@ -86,12 +87,13 @@ LATEX = [
     (r"(?<![\d)}])(?<!\b[a-z])\s*/\s*(?![\d({\\])", " "),  # km/h, and no fraction
 ]
 FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\w))\s*(?:\{([^{}]*)\}|(\w))")
-TOKEN = re.compile(r"\d+(?:\.\d+)?|(?<![\d.])\.\d+|[^\W\d_]+|[<>!]=|[^\w\s.,;:?\"$~\\&]")
+TOKEN = re.compile(r"\\[a-z]+|\d+(?:\.\d+)?|(?<![\d.])\.\d+|[^\W\d_]+|[<>!]=|[^\w\s.,;:?\"$~\\&]")
 NUMBERS = """two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
 eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million"""
 VALUES = [*range(2, 20), *range(20, 100, 10), 100, 1000, 1000000]
 WORDS = {word: str(value) for word, value in zip(NUMBERS.split(), VALUES, strict=True)}  # but one, which is a pronoun
 CLOSING = {"(": ")", "{": "}"}
+FORMULA = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "pi", "theta", "degrees"}
 
 
 def _normalize(text: str) -> tuple[tuple[str, ...], tuple[str, ...], set[tuple[str, ...]]]:
@@ -115,7 +117,10 @@ def _as_number(token: str) -> str:
 
 
 def _without_idle_brackets(tokens: list[str]) -> tuple[str, ...]:
-    """Tokens without brackets that hold words, and without braces around a single one; other braces as brackets."""
+    r"""Tokens without brackets that hold words, and without braces around a single one; other braces as brackets.
+
+    What a formula is made of, as LaTeX's commands are (`\log`), is no word. Commands lose their backslash.
+    """
     idle, opened = set(), []
     for place, token in enumerate(tokens):
         if token in CLOSING:
@@ -123,9 +128,9 @@ def _without_idle_brackets(tokens: list[str]) -> tuple[str, ...]:
         elif token in CLOSING.values():
             start = opened.pop() if opened and CLOSING[tokens[opened[-1]]] == token else None
             inside = [] if start is None else tokens[start + 1 : place]
-            words = any(len(t) > 1 and t.isalpha() for t in inside[:1] + inside[-1:])
+            words = any(len(t) > 1 and t.isalpha() and t not in FORMULA for t in inside[:1] + inside[-1:])
             if words or (token == "}" and len(inside) <= 1):
                 idle |= {start, place}
     idle.update(opened)
-    kept = (token for place, token in enumerate(tokens) if place not in idle)
+    kept = (token.removeprefix("\\") for place, token in enumerate(tokens) if place not in idle)
     return tuple({"{": "(", "}": ")"}.get(token, token) for token in kept)
