@@ -101,17 +101,18 @@ def gold(row: dict, keys: tuple[str, ...], where: str) -> str | list[str] | None
 
 def load_problems(path: Path, may_lack_answers: bool = False) -> list[Problem]:
     """Problems of a `train.jsonl` or `validation.jsonl` file, in its order, with unique ids."""
-    problems = []
+    problems, places = [], {}
     for where, row in read_rows(path, ("problem", "answer")):
         text, answer = prose(row, "problem", where), gold(row, ("answer",), where)
         level, subject, own = (label(row.get(key), key, where) for key in ("level", "subject", "unique_id"))
         if answer is not None:
             own = own or f"{path.stem}/{len(problems)}"
+            if own in places:
+                raise UserError(f"{where}: 'unique_id' is {own!r}, as {places[own]} has it")
+            places[own] = where
             problems.append(Problem(own, text, answer, level_name(level), subject))
         elif not may_lack_answers:  # MATH's train.jsonl has two
             raise UserError(f"{where}: 'answer' must be a text that is not empty")
-    if len({p.id for p in problems}) < len(problems):
-        raise UserError(f"{shorten_path(path)}: 'unique_id' is not unique")
     return problems
 
 
@@ -122,48 +123,57 @@ def load_examples(data_dir: Path, template_path: str | None = None) -> tuple[lis
     """
     path = data_dir / "sft.jsonl"
     rows = read_rows(path, ("prompt", "response"))
-    texts = [(prose(row, "prompt", where), prose(row, "response", where)) for where, row in rows]
+    prompts = {where: prose(row, "prompt", where) for where, row in rows}
+    responses = [prose(row, "response", where) for where, row in rows]
     golds = [gold(row, ("ground_truth", "answer"), where) for where, row in rows]
-    template = detect_template([prompt for prompt, _ in texts], path, template_path)
+    template = detect_template(prompts, template_path)
     answers = {}
     if None in golds and (data_dir / "train.jsonl").is_file():
         answers = {p.problem.strip(): p.answer for p in load_problems(data_dir / "train.jsonl", may_lack_answers=True)}
     examples = []
-    for number, ((prompt, response), answer) in enumerate(zip(texts, golds, strict=True), start=1):
+    for number, (prompt, response, answer) in enumerate(zip(prompts.values(), responses, golds, strict=True), start=1):
         problem = template.question_in(prompt)
         answer = answers.get(problem.strip()) if answer is None else answer
         examples.append(Example(f"sft/{number}", prompt, response, answer, problem))
     return examples, template
 
 
-def detect_template(prompts: list[str], path: Path, template_path: str | None = None) -> Template:
-    """The template that all prompts were made with, for evaluation: the user's own, or one of lib/prompts."""
+def detect_template(prompts: dict[str, str], template_path: str | None = None) -> Template:
+    """The template that all prompts were made with, for evaluation: the user's own, or one of lib/prompts.
+
+    `prompts`: by file and line.
+    """
     templates = []
     for file in sorted(PROMPTS.glob("*.prompt")) if template_path is None else [absolute(template_path)]:
         text = read_text(file)
         unix = text.replace("\r\n", "\n")
         if text.count(PLACEHOLDER) != 1:
             raise UserError(f"prompt_template {file.stem}: must hold {PLACEHOLDER} exactly once")
-        # A file ends in a newline and may have Windows' line ends; the prompts may be made with or without these.
-        templates += [Template(file.stem, t) for t in (unix.rstrip("\n"), unix, text.rstrip("\r\n"), text)]
-    template = next((t for t in templates if t.question_in(prompts[0]) is not None), None)
-    if template is None:
-        names = ", ".join(dict.fromkeys(t.name for t in templates))
-        raise UserError(
-            f"{shorten_path(path)}, line 1: the prompt was made with none of the templates ({names}); "
-            f"set prompt_template to a file that holds it with {PLACEHOLDER} for the problem"
-        )
-    for number, prompt in enumerate(prompts, start=1):
-        if template.question_in(prompt) is None:
-            raise UserError(f"{shorten_path(path)}, row {number}: the prompt differs from template {template.name}")
-    return template
+        # A file ends in a newline and may have Windows' line ends; the prompts may be made with or without these. With
+        # comes first: a newline that all prompts end in would be the problem's otherwise.
+        templates += [Template(file.stem, t) for t in (unix, unix.rstrip("\n"), text, text.rstrip("\r\n"))]
+    places, differing = list(prompts), {}
+    for template in templates:
+        other = next((row for row, prompt in enumerate(prompts.values()) if template.question_in(prompt) is None), None)
+        if other is None:
+            return template
+        differing.setdefault(other, template)
+    if row := max(differing):  # the template that goes furthest
+        raise UserError(f"{places[row]}, row {row + 1}: the prompt differs from template {differing[row].name}")
+    names = ", ".join(dict.fromkeys(t.name for t in templates))
+    raise UserError(
+        f"{places[0]}: the prompt was made with none of the templates ({names}); "
+        f"set prompt_template to a file that holds it with {PLACEHOLDER} for the problem"
+    )
 
 
 def distinct(examples: list[Example]) -> list[Example]:
-    """Examples without exact duplicates (same prompt and response); the first occurrence stays."""
+    """Examples without exact duplicates (same prompt and response); the first stays, or the first with an answer."""
     first = {}
     for example in examples:
-        first.setdefault((example.prompt, example.response), example)
+        key = example.prompt, example.response
+        if key not in first or (first[key].answer is None and example.answer is not None):
+            first[key] = example
     return list(first.values())
 
 

@@ -70,6 +70,28 @@ def test_prompts_of_two_templates_are_refused(data_dir):
         load_examples(data_dir)
 
 
+def test_what_is_wrong_is_named_by_its_line_whatever_lines_are_empty(data_dir):
+    rows = [json.dumps(row) for row in mini_rows("sft.jsonl", 2)]
+    other = json.dumps({"prompt": "Q: 1?", "response": "2"})
+    for lines, where in ((["", "", other], "line 3"), ([rows[0], "", "", rows[1], other], "line 5, row 3")):
+        (data_dir / "sft.jsonl").write_text("\n".join(lines) + "\n")
+        with pytest.raises(UserError, match=f"sft.jsonl, {where}: the prompt"):
+            load_examples(data_dir)
+    problems = [row | {"unique_id": "same"} for row in mini_rows("validation.jsonl", 2)]
+    write_rows(data_dir / "validation.jsonl", problems)
+    with pytest.raises(UserError, match=r"validation.jsonl, line 2: 'unique_id' is 'same', as .*line 1 has it"):
+        load_problems(data_dir / "validation.jsonl")
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_template_that_ends_in_the_question_keeps_the_newline_of_its_prompts(end, data_dir, tmp_path):
+    rows = [r | {"prompt": f"Q: {i}?{end}"} for i, r in enumerate(mini_rows("sft.jsonl", 3))]
+    write_rows(data_dir / "sft.jsonl", rows)
+    (tmp_path / "own.prompt").write_text("Q: {question}\n")
+    examples, template = load_examples(data_dir, str(tmp_path / "own.prompt"))
+    assert template.text == "Q: {question}" + end and examples[0].problem == "0?"
+
+
 def test_a_template_of_the_users_own(data_dir, tmp_path):
     rows = [r | {"prompt": f"Q: {i}?\nA:"} for i, r in enumerate(mini_rows("sft.jsonl", 3))]
     write_rows(data_dir / "sft.jsonl", rows)
@@ -116,6 +138,15 @@ def test_filtering_needs_gold_answers(data_dir):
     assert select_examples(examples, 2, False, 0).sizes["correct"] is None
     with pytest.raises(UserError, match="sft/1 has no 'ground_truth'"):
         select_examples(examples, 2, True, 0)
+
+
+def test_of_two_copies_the_one_with_a_gold_answer_stays(data_dir):
+    with_answer = mini_rows("sft.jsonl", 2)
+    without = [{k: r[k] for k in ("prompt", "response")} for r in with_answer]
+    write_rows(data_dir / "sft.jsonl", [*without, *with_answer])
+    (data_dir / "train.jsonl").unlink(missing_ok=True)
+    kept = distinct(load_examples(data_dir)[0])
+    assert [e.answer for e in kept] == [r["ground_truth"] for r in with_answer]
 
 
 def test_duplicates_count_once(data_dir):
@@ -177,7 +208,7 @@ def test_the_tuning_problems_of_math():
     examples, _ = load_examples(MATH)
     validation = load_problems(MATH / "validation.jsonl")
     tuning = load_evaluation_problems(MATH, "tuning", examples)
-    assert len(tuning) == 7309 and find_contamination(validation, tuning) == Contamination([], [])
+    assert len(tuning) == 7306 and find_contamination(validation, tuning) == Contamination([], [])
 
 
 @needs_math
