@@ -203,11 +203,15 @@ def _lines(rows: list[dict]) -> bytes:
 # --- Folders -------------------------------------------------------------------------------------------------------
 
 
+def refuse_filled(folder: Path) -> None:
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise UserError(f"{shorten_path(folder)} exists and is not an empty folder")
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder`, empty until then, when the block ends well, and is gone otherwise."""
-    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
-        raise UserError(f"{shorten_path(folder)} exists and is not an empty folder")
+    refuse_filled(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         inside = Path(temporary) / folder.name

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from lib.files import UserError, absolute, shorten_path, whole_folder
+from lib.files import UserError, absolute, refuse_filled, shorten_path, whole_folder
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def save_model(origin: Origin, folder: Path, wheels: Path | None = None, gguf_fi
     if find_spec("gguf") is None:
         raise UserError("gguf is not installed: pip install -e '.[offline]'")
     pieces = [gguf_file] if gguf_file else find_pieces(origin, wheels)
+    refuse_filled(folder)  # before a gigabyte is read
     with tempfile.TemporaryDirectory() as temporary:
         whole = Path(temporary) / origin.gguf
         join(origin, pieces, whole)
@@ -88,18 +90,23 @@ def join(origin: Origin, pieces: list[Path | zipfile.Path], whole: Path) -> None
     digest = hashlib.sha256()
     with open(whole, "wb") as joined:
         for piece in pieces:
-            try:
-                with piece.open("rb") as file:
-                    while chunk := file.read(1 << 24):
-                        digest.update(chunk)
-                        joined.write(chunk)
-            except (OSError, zipfile.BadZipFile, zlib.error) as error:
-                raise UserError(f"{shorten_path(str(piece))}: can't be read ({error})") from error
+            for chunk in read_chunks(piece):
+                digest.update(chunk)
+                joined.write(chunk)
         size = joined.tell()
     if size != origin.size:
         raise UserError(f"{origin.gguf} should have {origin.size:,} bytes; found {size:,}")
     if digest.hexdigest() != origin.sha256:
         raise UserError(f"{origin.gguf} should have the SHA-256 {origin.sha256}; found {digest.hexdigest()}")
+
+
+def read_chunks(piece: Path | zipfile.Path) -> Iterator[bytes]:
+    try:
+        with piece.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                yield chunk
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{shorten_path(str(piece))}: can't be read ({error})") from error
 
 
 def write_model(origin: Origin, gguf_file: Path, folder: Path) -> None:
@@ -153,6 +160,8 @@ def main() -> None:
         save_model(Origin(), arguments.folder, arguments.wheels, arguments.gguf)
     except UserError as error:
         parser.error(str(error))
+    except OSError as error:  # a folder that can't be written, a full disk
+        parser.error(f"{shorten_path(error.filename or arguments.folder)}: {error.strerror}")
     print(f"written: {shorten_path(arguments.folder)}")
 
 

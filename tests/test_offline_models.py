@@ -217,3 +217,8 @@ def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path, monkeypatch, c
         offline_models.main()
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.endswith("error: qwen2.5-coder-1.5b-instruct-q4_k_m.gguf should have 1,117,320,768 bytes; found 4")
+    monkeypatch.setattr(offline_models, "join", lambda *_: None)
+    monkeypatch.setattr("sys.argv", [*command[:2], str(tmp_path / "other.gguf" / "x"), *command[3:]])
+    with pytest.raises(SystemExit):
+        offline_models.main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith("other.gguf: File exists")
