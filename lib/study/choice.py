@@ -16,7 +16,7 @@ TUNE_NOTEBOOK = PROJECT_ROOT / "notebooks/tune.ipynb"
 # What is tried where the notebook leaves it open: the best point should lie inside, not at the edge.
 GRIDS = {
     "math": {"learning_rates": [1e-6, 3e-6, 1e-5, 3e-5], "batch_sizes": [32, 64]},
-    "mini": {"learning_rates": [5e-4, 1e-3, 2e-3], "batch_sizes": [8, 16]},
+    "mini": {"learning_rates": [2.5e-4, 5e-4, 1e-3], "batch_sizes": [8, 16]},
 }
 CHOSEN = ("learning_rate", "batch_size")
 # What a study and its tuning set each for themselves.
