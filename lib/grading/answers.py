@@ -126,7 +126,7 @@ def canonical(answer: str) -> str:
         if text == before:
             break
     text = rewrite(text.strip(), REMAINDERS).lower()
-    if not TUPLE.fullmatch(text):
+    if not TUPLE.fullmatch(NAMED.fullmatch(text)[2]):
         text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # thousands
     return text
 
