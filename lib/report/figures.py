@@ -1,5 +1,7 @@
 """The report's pictures. Each function takes tables of numbers.py and returns a figure and the data behind it."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
@@ -33,7 +35,7 @@ def examples_axis(axes, seen: pd.Series, between_ticks: float = 4.0):
 def accuracy_curves(curves: pd.DataFrame, target: float | None = None):
     """Accuracy over training for every size, from the zero-shot base at 0; bands are 95 % intervals."""
     figure, (axes,) = canvas(4.2)
-    for size, curve in curves.groupby("size", sort=False):
+    for size, curve in by_size(curves):
         band = (curve["examples_seen"], curve["accuracy_low"], curve["accuracy_high"])
         axes.fill_between(*band, color=look(size).colour, alpha=0.1, linewidth=0)
     draw_lines(axes, curves, "accuracy")
@@ -147,8 +149,14 @@ def draw_steps(axes, metrics: pd.DataFrame, column: str):
         axes.plot(steps["examples_seen"], smooth, look(size).line, color=look(size).colour)
 
 
-def draw_lines(axes, curves: pd.DataFrame, column: str):
+def by_size(curves: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each size's rows from the first example on: seeds of other batches were evaluated after other steps."""
     for size, curve in curves.groupby("size", sort=False):
+        yield size, curve.sort_values("examples_seen")
+
+
+def draw_lines(axes, curves: pd.DataFrame, column: str):
+    for size, curve in by_size(curves):
         style = look(size)
         marks = {"marker": style.marker, "markeredgecolor": "white", "markeredgewidth": 0.6, "label": style.label}
         axes.plot(curve["examples_seen"], curve[column], style.line, color=style.colour, **marks)
@@ -172,4 +180,4 @@ def tuning_grid(grid: pd.DataFrame, choice: dict):
     axes.set(xlabel="learning rate", ylabel="accuracy on tuning problems", ylim=(0, None))
     percent_axis(axes.yaxis)
     legend_above(figure, axes)
-    return figure, grid.drop(columns="settings", errors="ignore")
+    return figure, grid.drop(columns=["settings", "files"], errors="ignore")

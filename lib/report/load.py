@@ -111,7 +111,8 @@ def read_run(folder: Path) -> RunFolder:
     reason = reason.replace(f"{PROJECT_ROOT}/", "")
     metrics, evaluations = read_lines(folder / "metrics.jsonl"), read_evaluations(folder)
     # It was copied in part, or answers of its last evaluation failed.
-    ended = any(line["whole"] and line["train_step"] and line["split"] == "full" for line in evaluations)
+    last = [line for line in evaluations if line["train_step"] and line["split"] == "full"]
+    ended = any(line["whole"] and line.get("decoding", "sampled") == "sampled" for line in last)
     if status == "finished" and not (metrics and ended):
         lacking = "the last evaluation, or a part of it," if metrics else "metrics.jsonl"
         status, reason = "failed", f"{lacking} of the finished run is missing"

@@ -83,7 +83,7 @@ def several_samples(shares: np.ndarray, samples: np.ndarray, mean: Estimate) -> 
     one_answer = (several * (1 - several) * k / (k - 1)).mean()  # variance of one answer, the problem given
     sampling = one_answer * (1 / samples).mean() / shares.size
     most = shares[samples == samples.max()]
-    return {"pass_at_k": (most > 0).mean(), "sampling_share": sampling / mean.error**2}
+    return {"pass_at_k": (most > 0).mean(), "sampling_share": min(sampling / mean.error**2, 1.0)}
 
 
 # --- Comparisons ---------------------------------------------------------------------------------------------------

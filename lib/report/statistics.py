@@ -8,7 +8,8 @@ kind, and the interval of a value covers both (Searle, Casella and McCulloch, Va
 
 var_p: variance over the P problems of the value's means over seeds, sampling of answers included; s^2: variance of
 the accuracy between R seeds; w: what s^2 would be from problems and sampling alone (the interaction's mean square over
-P); v: degrees of freedom by Satterthwaite, the seeds of both sizes pooled. `test_statistics.py` measures the coverage.
+P); v: degrees of freedom by Satterthwaite, at least one, the seeds of both sizes pooled. `test_statistics.py` measures
+the coverage.
 """
 
 from dataclasses import dataclass, replace
@@ -80,7 +81,8 @@ def estimate(*arms: np.ndarray) -> Estimate:
         return Estimate(value, value - reach, value + reach, error, np.inf, p)
     freedom_of_seeds = sum(len(arm) - 1 for arm in arms)
     uncertain = problem_part**2 / (problems - 1) + (observed**2 / freedom_of_seeds if spreads else 0.0)
-    freedom, error = variance**2 / uncertain, float(np.sqrt(variance))
+    # At least one: what is cut at 0 in `variance` counts in `uncertain` whole.
+    freedom, error = max(variance**2 / uncertain, 1.0), float(np.sqrt(variance))
     reach = float(t.ppf(1 - LEVEL / 2, freedom)) * error
     low, high = round(value - reach, DIGITS), round(value + reach, DIGITS)
     p = 2 * t.sf(abs(value) / error, freedom)
@@ -144,7 +146,9 @@ def split(first: tuple, second: tuple) -> tuple[Estimate, Estimate]:
     other (Shapley's split). Intervals by the delta method: the slopes along the four means make cells with this sum.
     """
     means = [(form.mean(), right.mean()) for form, right in (first, second)]
-    given = [right / form if form else 0.0 for form, right in means]
+    shares = [right / form if form else None for form, right in means]
+    # Where no answer has the form, nothing is known of those within it: as the other size's.
+    given = [own if own is not None else other or 0.0 for own, other in zip(shares, shares[::-1], strict=True)]
     change = means[1][0] - means[0][0]
     by_form, whole = [], []
     for sign, (form, right), (form_mean, _), ratio in zip((-1, 1), (first, second), means, given, strict=True):
@@ -169,7 +173,9 @@ def trend(cells: pd.DataFrame) -> Estimate | None:
     """
     runs = cells["run"].nunique()
     few = cells["n"].nunique() < 3 or runs < 4 or cells["problem"].nunique() < 2
-    if few or not 0 < cells["correct"].mean() < 1:
+    right, wrong = cells["n"][cells["correct"] > 0], cells["n"][cells["correct"] < 1]
+    # With right answers on one side of some n alone, the likelihood has no maximum.
+    if few or right.empty or wrong.empty or right.min() >= wrong.max() or right.max() <= wrong.min():
         return None
     groups = cells[["run", "problem"]].apply(lambda names: pd.factorize(names)[0]).to_numpy()
     design = sm.add_constant(np.log2(cells["n"].to_numpy(float)))

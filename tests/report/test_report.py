@@ -764,12 +764,13 @@ def test_a_finished_run_that_was_copied_in_part_is_named_and_not_counted(tmp_pat
         load(tmp_path)
 
 
-def test_a_run_whose_last_evaluation_lacks_answers_is_named_and_not_counted(tmp_path):
+@pytest.mark.parametrize("decodings", [{"sampled"}, {"sampled", "greedy"}])
+def test_a_run_whose_last_evaluation_lacks_answers_is_named_and_not_counted(tmp_path, decodings):
     fabricate(tmp_path, {size: PLANS[size] for size in ("n128", "full")})
     path = tmp_path / "full/evaluations.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines[-2:]:
-        line["wrong"] -= 1
+    for line in lines:
+        line["wrong"] -= line["train_step"] == lines[-1]["train_step"] and line["decoding"] in decodings
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     study = load(tmp_path)
     assert study.sizes == ["n128"] and sentences.finding(study)

@@ -226,6 +226,13 @@ def test_each_part_is_zero_where_only_the_other_changes():
     assert (form.value, correctness.value) == pytest.approx((0, 0.20))
 
 
+def test_where_no_answer_has_the_form_the_gain_is_of_form():
+    none, many, half_of_many = (answers(right, 100) for right in (0, 80, 40))
+    for first, second, sign in (((none, none), (many, half_of_many), 1), ((many, half_of_many), (none, none), -1)):
+        form, correctness = split(first, second)
+        assert (form.value, correctness.value) == pytest.approx((sign * 0.40, 0))
+
+
 def test_the_parts_and_their_errors_are_those_of_a_bootstrap():
     """The delta method against problems drawn anew, 4000 times."""
     chance = np.random.default_rng(4)
@@ -296,6 +303,24 @@ def test_the_trend_over_n_is_found_with_its_sign_and_not_where_there_is_none():
     nothing = [statistics.trend(runs_over_n(chance, 0.0, 0.1)).p < 0.05 for _ in range(100)]
     assert np.mean(nothing) <= 0.12
     assert statistics.trend(runs_over_n(chance, 0.0, 0.0).assign(correct=0.0)) is None
+
+
+@pytest.mark.parametrize("share", ["all", "some"])
+def test_right_answers_on_one_side_of_some_n_alone_have_no_trend(share):
+    """The likelihood has no maximum: whatever factor is tried, a larger one fits better."""
+    cells = runs_over_n(np.random.default_rng(3), 0.0, 0.0)
+    above = (cells["n"] > 300) * 1.0 if share == "all" else (cells["n"] == cells["n"].max()) * cells["correct"]
+    assert statistics.trend(cells.assign(correct=above)) is None
+    assert statistics.trend(cells.assign(correct=1 - above)) is None
+
+
+def test_an_interval_has_at_least_one_degree_of_freedom():
+    """Two seeds that differ by chance alone: their variance, cut at 0, must not widen an interval without end."""
+    cells = np.zeros((2, 20))
+    cells[0, :3], cells[1, 3] = 1, 1
+    assert statistics.estimate(cells).freedom >= 1
+    found = statistics.mean_share(cells)
+    assert 0 <= found.low < 0.1 < found.high <= 1
 
 
 def test_the_trend_of_one_seed_has_an_interval_where_the_variance_of_both_kinds_of_clusters_is_negative():
