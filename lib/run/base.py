@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from lib import grading
-from lib.files import read_json, read_lines, shorten_path, whole_folder, write_json, write_lines
+from lib.files import UserError, read_json, read_lines, shorten_path, whole_folder, write_json, write_lines
 from lib.model_files import fingerprint, hub_commit
 from lib.run.evaluations import evaluate_policy
 from lib.run.lock import in_turn
@@ -29,6 +29,9 @@ def evaluate_base(run: Run) -> tuple[list[dict], str]:
                 lines = [(e | elsewhere | {"records": f"../{folder.name}/{e['records']}"}, None) for e in stored]
                 by = read_json(folder / "settings.json")["measured_by"]
                 return run.tracker.log_evaluation(lines), f"Reused from {shorten_path(folder)}, measured by run {by}."
+            if run.tracker.metrics:
+                where = shorten_path(run.config.run_dir / "evaluations.jsonl")
+                raise UserError(f"resume: {where} lacks the base, and by now the weights are trained; set resume=False")
             lines = evaluate_policy(run, POSITION)
             _keep(run, folder, settings, lines)
     return lines, f"Measured now, and kept in {shorten_path(folder)} for later runs."

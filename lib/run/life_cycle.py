@@ -17,7 +17,7 @@ from lib.run.evaluations import evaluate_policy, evaluation_due, final_evaluatio
 from lib.run.prepare import start_engine
 from lib.run.resume import hash_batches, read_past
 from lib.run.run import DISK_FULL, Run
-from lib.run.tracker import Tracker
+from lib.run.tracker import Tracker, put_back
 from lib.settings import check_run_dir
 from lib.training import checkpoint
 from lib.training.policy import load_policy, save_policy
@@ -32,6 +32,7 @@ def start(run: Run) -> str:
     config, past = run.config, None
     locks.hold(config.run_dir, f"run_name={config.run_name!r}:")
     with run.recorded("setup"):
+        put_back(config.run_dir)
         check_run_dir(config)  # again: another process may have finished the run meanwhile
         finished = (config.run_dir / "summary.json").exists()  # and to be replaced, whatever checkpoint it kept
         found = checkpoint.latest(config.run_dir) if config.resume and not finished else None

@@ -85,7 +85,7 @@ class Tracker:
         began: a finished one as it was. A full disk raises OSError again."""
         if (self.run_dir / BEFORE).is_dir():
             self.wandb.finish(1)  # its files are among those that go
-            _put_back(self.run_dir)
+            put_back(self.run_dir)
             if is_finished(self.run_dir):
                 return
         said = {"error": str(error), "type": type(error).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
@@ -97,8 +97,7 @@ class Tracker:
 
 def _set_aside(run_dir: Path) -> None:
     """Move what an unfinished run, or one to be overwritten, left in its folder; refuse a folder of other things."""
-    if (run_dir / BEFORE).is_dir():  # the last try was killed before it began
-        _put_back(run_dir)
+    put_back(run_dir)
     paths = _left(run_dir)
     foreign = sorted(path.name for path in paths if path.name.removesuffix(".tmp") not in FILES)
     if (
@@ -118,7 +117,10 @@ def _set_aside(run_dir: Path) -> None:
         path.rename(run_dir / BEFORE / path.name)
 
 
-def _put_back(run_dir: Path) -> None:
+def put_back(run_dir: Path) -> None:
+    """Put back what a try that was killed before it began had moved aside, if there was one."""
+    if not (run_dir / BEFORE).is_dir():
+        return
     for path in _left(run_dir):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in (run_dir / BEFORE).iterdir():

@@ -169,7 +169,7 @@ def share_of_a_run(nodes: list[dict], gpus: int | None, cpus: int | None) -> tup
     cores of the smallest node. UserError where no node has so many.
     """
     if gpus is None:
-        gpus = 0 if cpus else min(2, int(max(node.get("GPU", 0) for node in nodes)))
+        gpus = min(2, int(max(node.get("GPU", 0) for node in nodes)))
     able = [node for node in nodes if fits(node, gpus, cpus or 1)]
     if not able:
         raise UserError(f"--ray: no node of the cluster has {f'{gpus} GPUs and ' if gpus else ''}{cpus or 1} cores")

@@ -147,7 +147,7 @@ def pack_run(run: PlannedRun, folder: Path, work: Work) -> bytes:
 def unpack(content: bytes, folder: Path) -> None:
     """Put what an archive holds into `folder`, each entry whole, notebooks before the folders of their runs.
 
-    A base that is there already stays.
+    A base that is there already stays, and so does a run that is finished or has a checkpoint, if the new one failed.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".incoming-") as name:
         incoming = Path(name)
@@ -156,6 +156,9 @@ def unpack(content: bytes, folder: Path) -> None:
         for path in sorted(incoming.iterdir(), key=lambda path: path.is_dir()):
             target = folder / path.name
             if path.name.startswith("base-") and target.exists():
+                continue
+            worth = [*target.glob("summary.json"), *target.glob("checkpoints/step-*")]
+            if path.is_dir() and worth and not (path / "summary.json").is_file():
                 continue
             if target.is_dir():
                 target.rename(incoming / f".old-{path.name}")

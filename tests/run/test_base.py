@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib import grading
-from lib.files import read_json
+from lib.files import UserError, read_json
 from lib.run import base
 from lib.run.prepare import prepare
 from lib.settings import resolve
@@ -23,9 +23,21 @@ class Measuring:
 
     def __init__(self, folder: Path, name: str):
         self.config = SimpleNamespace(runs_dir=str(folder), run_name=name, run_dir=folder / name, model="a model")
-        self.tracker = SimpleNamespace(evaluations=[], log_evaluation=lambda parts: [line for line, _ in parts])
+        self.tracker = SimpleNamespace(
+            evaluations=[], metrics=[], log_evaluation=lambda parts: [line for line, _ in parts]
+        )
         self.recorded = lambda part: contextlib.nullcontext()
         (self.config.run_dir / "evaluations").mkdir(parents=True)
+
+
+def test_trained_weights_are_never_measured_as_the_base(tmp_path, monkeypatch):
+    """A resumed run whose evaluations.jsonl is gone."""
+    monkeypatch.setattr(base, "_settings", lambda measuring: {"model": "one"})
+    resumed = Measuring(tmp_path, "n128")
+    resumed.tracker.metrics.append({"train_step": 1})
+    with pytest.raises(UserError, match=r"evaluations\.jsonl lacks the base"):
+        base.evaluate_base(resumed)
+    assert not list(tmp_path.glob("base-*"))
 
 
 def test_a_run_waits_for_the_base_that_another_measures(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib.evaluation.replica import EngineError
-from lib.files import read_json
+from lib.files import UserError, read_json
 from lib.run import life_cycle, lock
 from lib.run import run as running
 from lib.run.prepare import prepare
@@ -68,6 +68,10 @@ def test_what_was_there_stays_until_the_run_that_replaces_it_has_an_engine(param
     lock.release(folder)
     assert files() != before
     monkeypatch.undo()
+    unasked = prepare(resolve(parameters))  # nothing says yet that the folder holds a finished run
+    with pytest.raises(UserError, match="holds a finished run"):
+        life_cycle.start(unasked)
+    assert files() == before
     monkeypatch.setattr(life_cycle, "start_engine", fail)
     with pytest.raises(EngineError):
         life_cycle.start(prepare(resolve(parameters | {"overwrite": True})))

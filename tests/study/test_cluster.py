@@ -41,6 +41,7 @@ from ray.cluster_utils import Cluster as Nodes  # noqa: E402
 pytestmark = pytest.mark.cluster
 
 from lib.study import cluster  # noqa: E402
+from lib.study.node import pack, unpack  # noqa: E402
 
 EACH = ["--cpus-per-run", "1"]
 
@@ -328,6 +329,7 @@ def test_another_version_of_ray_is_refused(stub, tmp_path, nodes):
         ([{"CPU": 4}, {"CPU": 2}, {"GPU": 0}], (None, None), (0, 2)),
         ([{"CPU": 4}, {"CPU": 2}], (None, 3), (0, 3)),
         ([{"CPU": 16, "GPU": 2}], (0, None), (0, 16)),
+        ([{"CPU": 64, "GPU": 8}], (None, 8), (2, 8)),  # cores alone don't turn the GPUs off
     ],
 )
 def test_the_share_of_a_run(nodes, asked, share):
@@ -340,6 +342,24 @@ def test_the_share_of_a_run(nodes, asked, share):
 def test_a_run_that_fits_no_node_is_refused(asked, said):
     with pytest.raises(UserError, match=f"no node of the cluster has {said}"):
         cluster.share_of_a_run([{"CPU": 4}, {"CPU": 8}], *asked)
+
+
+@pytest.mark.parametrize("worth", ["summary.json", "checkpoints/step-000010/state.json", None])
+def test_a_failed_try_elsewhere_does_not_replace_what_is_worth_keeping(worth, tmp_path):
+    """The node's scratch folder has none of it, so the run's own protection has nothing to protect there."""
+    study, scratch = tmp_path / "study", tmp_path / "scratch-1"
+    for folder, names in (
+        (study, ["config.json", worth or "metrics.jsonl"]),
+        (scratch, ["config.json", "failed.json"]),
+    ):
+        for name in names:
+            (folder / "n256" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "n256" / name).write_text("{}")
+    (scratch / "n256.log").write_text("out of memory")
+    unpack(pack(scratch, [scratch / "n256", scratch / "n256.log"]), study)
+    assert (study / "n256.log").read_text() == "out of memory"
+    assert (study / "n256" / "failed.json").is_file() == (worth is None)
+    assert worth is None or (study / "n256" / worth).is_file()
 
 
 def wait_for_kernel(folder: Path) -> int:
