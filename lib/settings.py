@@ -40,7 +40,7 @@ def is_folder_name(model: str) -> bool:
 
 
 def _plain_name(name: str) -> str:
-    if Path(name).name != name or name == ".." or "\0" in name:
+    if not name or Path(name).name != name or name == ".." or "\0" in name:
         raise ValueError("must be a plain folder name")
     if len(name.encode()) > LONGEST_NAME - 30:  # a notebook's name is made of it, too
         raise ValueError("is too long for a folder name")
@@ -65,7 +65,7 @@ Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 Positive = Annotated[float, Field(gt=0), WrapValidator(_as_given)]
 NotNegative = Annotated[float, Field(ge=0), WrapValidator(_as_given)]
 Share = Annotated[float, Field(gt=0, le=1), WrapValidator(_as_given)]
-FolderPath = Annotated[str, AfterValidator(lambda text: str(absolute(text)))]
+FolderPath = Annotated[str, Field(min_length=1), AfterValidator(lambda text: str(absolute(text)))]
 Model = Annotated[str, AfterValidator(lambda text: str(absolute(text)) if is_folder_name(text) else text)]
 
 
@@ -209,8 +209,10 @@ def resolve(namespace: Mapping) -> RunConfig:
     refuse_unknown_parameters(namespace, PARAMETERS)
     values = {name: namespace.get(name, field.default) for name, field in RunConfig.model_fields.items()}
     _choose_profile(values)
-    values["runs_dir"] = values["runs_dir"] or str(PROJECT_ROOT / "runs")
-    values["run_name"] = values["run_name"] or default_run_name(values["n"], values["filtered"], values["seed"])
+    if values["runs_dir"] is None:
+        values["runs_dir"] = str(PROJECT_ROOT / "runs")
+    if values["run_name"] is None:
+        values["run_name"] = default_run_name(values["n"], values["filtered"], values["seed"])
     _choose_devices(values)
     try:
         config = RunConfig(**values)
@@ -293,8 +295,10 @@ def _choose_devices(values: dict) -> None:
     gpus = count_gpus()
     train, evaluate = values["train_device"], values["eval_device"]
     train, evaluate = ("cuda:0" if device == "cuda" else device for device in (train, evaluate))
-    train = train or ("cuda:0" if gpus else "cpu")
-    evaluate = evaluate or (train if gpus < 2 or train == "cpu" else "cuda:1" if train == "cuda:0" else "cuda:0")
+    if train is None:
+        train = "cuda:0" if gpus else "cpu"
+    if evaluate is None:
+        evaluate = train if gpus < 2 or train == "cpu" else "cuda:1" if train == "cuda:0" else "cuda:0"
     for name, device in (("train_device", train), ("eval_device", evaluate)):
         if not re.fullmatch(r"cpu|cuda:[0-9]+", str(device)):
             raise UserError(f"{name}={device!r}: must be 'cpu', 'cuda:0', 'cuda:1', ...")

@@ -8,15 +8,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from lib.files import PROJECT_ROOT, append_lines, read_json, read_lines, shorten_path, write_json
+from lib.files import PROJECT_ROOT, absolute, append_lines, file_hashes, read_json, read_lines, shorten_path, write_json
 from lib.report.statistics import holm, paired_difference
-from lib.study.plan import PlannedRun, refuse_other_settings
+from lib.study.plan import PlannedRun, refuse_other_files, refuse_other_settings
 
 TUNE_NOTEBOOK = PROJECT_ROOT / "notebooks/tune.ipynb"
 # What is tried where the notebook leaves it open: the best point should lie inside, not at the edge.
 GRIDS = {
     "math": {"learning_rates": [1e-6, 3e-6, 1e-5, 3e-5], "batch_sizes": [32, 64]},
-    "mini": {"learning_rates": [2.5e-4, 5e-4, 1e-3], "batch_sizes": [8, 16]},
+    "mini": {"learning_rates": [5e-4, 1e-3, 2e-3], "batch_sizes": [8, 16]},
 }
 CHOSEN = ("learning_rate", "batch_size")
 # What a study and its tuning set each for themselves.
@@ -79,6 +79,9 @@ def read_choice(folder: Path, settings: dict) -> dict:
     found = read_json(path)
     made = {name: value for name, value in found.get("settings", {}).items() if name not in OF_ITS_OWN}
     refuse_other_settings(made, settings, f"{shorten_path(path)}: chosen for")
+    if files := found.get("files"):
+        now = file_hashes(absolute(settings["data_dir"]), settings.get("prompt_template"))
+        refuse_other_files(files, now, f"{shorten_path(path)}: chosen on")
     return found
 
 
@@ -96,7 +99,7 @@ def choose(rows: list[dict], folder: Path) -> dict:
         *at_edge,
     ]
     choice = {name: best[name] for name in CHOSEN} | {"why": "; ".join(why), "others": others, "edges": at_edge}
-    choice["settings"] = best.get("settings", {})
+    choice |= {name: best.get(name, {}) for name in ("settings", "files")}
     write_json(folder / "choice.json", choice)
     return choice
 

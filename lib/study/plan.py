@@ -149,6 +149,12 @@ def refuse_other_settings(made: dict | None, asked: dict, what: str) -> None:
         raise UserError(f"{what} other settings ({'; '.join(changed)}); {hint}")
 
 
+def refuse_other_files(made: dict | None, now: dict, what: str) -> None:
+    """UserError, which begins with `what`, where data files are not those any more that something was `made` from."""
+    if changed := changed_files(made, now):
+        raise UserError(f"{what} other data ({'; '.join(changed)}); choose another folder, or delete what is there")
+
+
 def differences(run: PlannedRun, folder: Path, settings: dict) -> list[str]:
     """In words, the settings of the finished run in `folder` that differ from these and the run's own."""
     own = ("n", "filtered", "seed", "epochs")

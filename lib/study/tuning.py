@@ -11,7 +11,7 @@ import torch
 from lib.evaluation.engine import shutdown
 from lib.evaluation.evaluate import summarize
 from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
-from lib.files import UserError, append_lines, read_lines, shorten_path, write_lines
+from lib.files import UserError, append_lines, file_hashes, read_lines, shorten_path, write_lines
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.run import lock as locks
@@ -20,7 +20,7 @@ from lib.run.prepare import prepare, start_engine
 from lib.run.run import Run, RunError
 from lib.settings import INCIDENTAL, RunConfig
 from lib.study.choice import CHOSEN, records_file
-from lib.study.plan import refuse_other_settings
+from lib.study.plan import refuse_other_files, refuse_other_settings
 from lib.training.policy import load_policy
 from lib.training.steps import make_optimizer, train_steps
 
@@ -45,9 +45,11 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
 def _tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int], folder: Path) -> Iterator[dict]:
     (folder / "records").mkdir(exist_ok=True)
     path, log_file = folder / "tuning.jsonl", folder / "run.log"
-    rows = read_lines(path)
+    rows, files = read_lines(path), file_hashes(Path(config.data_dir), config.prompt_template)
     for number, row in enumerate(rows, start=1):  # one choice can't be made from two grids
-        refuse_other_settings(row.get("settings"), _settings(config), f"{shorten_path(path)}, line {number}: made with")
+        what = f"{shorten_path(path)}, line {number}: made with"
+        refuse_other_settings(row.get("settings"), _settings(config), what)
+        refuse_other_files(row.get("files"), files, what)
     done = {(row["learning_rate"], row["batch_size"]): row for row in rows}
     grid = list(itertools.product(learning_rates, batch_sizes))
     runs = {size: prepare(config.model_copy(update={"batch_size": size})) for size in batch_sizes}
@@ -69,6 +71,7 @@ def _tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int]
             run.config, run.engine = run.config.model_copy(update={"learning_rate": rate}), engine
             policy.load_state_dict(base)
             row, records = _train_and_evaluate(policy, run)
+            row["files"] = files
             write_lines(records_file(folder, row), records)
             append_lines(path, [row])
             yield row

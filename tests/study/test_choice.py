@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from lib.files import UserError, write_lines
+from lib.files import UserError, file_hashes, write_lines
 from lib.settings import PROFILES
 from lib.study.choice import GRIDS, choose, plan_tuning, read_choice, records_file
 
@@ -113,6 +113,14 @@ def test_a_study_takes_a_choice_made_for_its_settings_only(tmp_path, base):
     assert read_choice(tmp_path, asked)["learning_rate"] == 1e-3
     with pytest.raises(UserError, match=r"chosen for other settings .*epochs is 3 there, 5 is asked for"):
         read_choice(tmp_path, asked | {"epochs": 5})
+    (tmp_path / "sft.jsonl").write_text("{}\n")
+    files = file_hashes(tmp_path)
+    choose([row | {"files": files} for row in rows], tmp_path)
+    asked |= {"data_dir": str(tmp_path)}
+    assert read_choice(tmp_path, asked)["learning_rate"] == 1e-3
+    (tmp_path / "sft.jsonl").write_text("{} \n")
+    with pytest.raises(UserError, match=r"choice.json: chosen on other data \(sft.jsonl is not the file that it was\)"):
+        read_choice(tmp_path, asked)
     (tmp_path / "choice.json").write_text('{"learning_rate": 1e-5, "batch_size": 32, "why": "copied by hand"}')
     with pytest.raises(UserError, match=r"choice.json: chosen for other settings \(it does not say which\)"):
         read_choice(tmp_path, asked)

@@ -21,7 +21,7 @@ from stub_study import (  # noqa: F401
     wait_for_run,
 )
 
-from lib.files import UserError
+from lib.files import PROJECT_ROOT, UserError
 from lib.study import execution as notebooks
 from lib.study import plan, runs
 
@@ -193,6 +193,17 @@ def card(monkeypatch):
     settings = {"model": "any", "revision": None, "trust_remote_code": False, "microbatch_tokens": 16384}
     settings["precision"] = "bf16"
     return settings | {"train_device": "cuda:0", "eval_device": "cuda:1", "gpu_memory_utilization": None}
+
+
+def test_the_shape_of_a_model_is_read_where_its_folder_is(card, monkeypatch):
+    """Settings show a folder by a short name, which only `absolute` understands."""
+    from lib.evaluation import memory
+
+    seen, shape = [], memory.model_shape()  # the fixture's
+    monkeypatch.setattr("lib.evaluation.memory.model_shape", lambda model, *_: seen.append(model) or shape)
+    for model in ("~/models/qwen", "lib/mini/model", "Qwen/Qwen2.5-Math-1.5B"):
+        runs.engine_share(card | {"model": model}, 2, places=2)
+    assert seen == [str(Path.home() / "models/qwen"), str(PROJECT_ROOT / "lib/mini/model"), "Qwen/Qwen2.5-Math-1.5B"]
 
 
 def test_engines_of_runs_side_by_side_share_what_the_policies_leave(card):

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from lib.files import UserError
+from lib.files import UserError, file_hashes
 from lib.settings import resolve
 from lib.study.tuning import _settings, tune
 
@@ -42,6 +43,16 @@ def test_points_of_another_grid_are_refused(config, tmp_path, changed, said):
     write(tmp_path / "tuning", row)
     with pytest.raises(UserError, match=f"tuning.jsonl, line 1: made with other settings .*{said}"):
         next(tune(config, [1e-3, 2e-3], [8], tmp_path / "tuning"))
+
+
+def test_points_of_other_data_are_refused(config, tmp_path):
+    """The same folder, which has other traces by now: the problems and the settings may be the same."""
+    files = file_hashes(Path(config.data_dir))
+    write(tmp_path / "same", point(config, 1e-3) | {"files": files})
+    assert len(list(tune(config, [1e-3], [8], tmp_path / "same"))) == 1
+    write(tmp_path / "other", point(config, 1e-3) | {"files": files | {"sft.jsonl": "0"}})
+    with pytest.raises(UserError, match=r"line 1: made with other data \(sft.jsonl is not the file that it was\)"):
+        next(tune(config, [1e-3], [8], tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
