@@ -270,13 +270,18 @@ def default_run_name(n: int | str, filtered: bool, seed: int) -> str:
     return name if seed == 0 else f"{name}-seed{seed}"
 
 
-def refuse_unknown_parameters(namespace: Mapping, known: Collection[str]) -> None:
-    """UserError for a name that a notebook (`globals()`) does not know: papermill, which injects a cell, only warns."""
+def refuse_unknown_parameters(namespace: Mapping, known: Collection[str], fixed: Collection[str] = ()) -> None:
+    """UserError for a name that a notebook (`globals()`) does not know, or that it sets itself (`fixed`): papermill,
+    which injects a cell, only warns."""
     for source in namespace.get("In", []):
         if not source.startswith("# Parameters"):
             continue
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in known:
+            if not (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)):
+                continue
+            if node.id in fixed:
+                raise UserError(f"{node.id}: not a parameter here, since this notebook sets it itself")
+            if node.id not in known:
                 close = difflib.get_close_matches(node.id, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
                 raise UserError(f"unknown parameter {node.id!r}{hint}")

@@ -63,6 +63,10 @@ def test_every_notebook_refuses_a_parameter_that_it_does_not_have(name):
     (cell,) = (cell for cell in notebook.cells if "refuse_unknown_parameters(" in cell.source)
     with pytest.raises(UserError, match="unknown parameter 'sed'; "):
         exec(cell.source, {"In": ["", "# Parameters\nsed = 1\n"]})
+    if name == "tune":
+        for own in ("learning_rate", "eval_split"):
+            with pytest.raises(UserError, match=f"{own}: not a parameter here"):
+                exec(cell.source, {"In": ["", f"# Parameters\n{own} = 1\n"]})
 
 
 def test_the_parameters_cell_is_literal_and_complete():
