@@ -55,8 +55,6 @@ FIELDS = {
     "level": ("level",),
     "subject": ("subject", "type"),
 }
-
-
 MODELS_OWN = re.compile(r"</?think>|<answer>|\\(?:boxed|fbox)")  # a model wrote it, so its answer may be another
 
 

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -34,9 +35,10 @@ class Optimization:
 LEAST_TEMPERATURE = 0.01  # vLLM would take a lower one for this
 
 
-def is_folder_name(model: str) -> bool:
-    """Whether `model` names a folder, and not a model of the hub."""
-    return model.startswith((".", "/", "~")) or absolute(model).is_dir()
+def model_path(model: str) -> str:
+    """The whole path where `model` names a folder; a hub id as it is."""
+    names_a_folder = model.startswith((".", "/", "~")) or absolute(model).is_dir()
+    return str(absolute(model)) if names_a_folder else model
 
 
 def _plain_name(name: str) -> str:
@@ -66,7 +68,7 @@ Positive = Annotated[float, Field(gt=0), WrapValidator(_as_given)]
 NotNegative = Annotated[float, Field(ge=0), WrapValidator(_as_given)]
 Share = Annotated[float, Field(gt=0, le=1), WrapValidator(_as_given)]
 FolderPath = Annotated[str, Field(min_length=1), AfterValidator(lambda text: str(absolute(text)))]
-Model = Annotated[str, AfterValidator(lambda text: str(absolute(text)) if is_folder_name(text) else text)]
+Model = Annotated[str, AfterValidator(model_path)]
 
 
 class RunConfig(BaseModel):
@@ -273,18 +275,15 @@ def default_run_name(n: int | str, filtered: bool, seed: int) -> str:
 def refuse_unknown_parameters(namespace: Mapping, known: Collection[str], fixed: Collection[str] = ()) -> None:
     """UserError for a name that a notebook (`globals()`) does not know, or that it sets itself (`fixed`): papermill,
     which injects a cell, only warns."""
-    for source in namespace.get("In", []):
-        if not source.startswith("# Parameters"):
-            continue
-        for node in ast.walk(ast.parse(source)):
-            if not (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)):
-                continue
-            if node.id in fixed:
-                raise UserError(f"{node.id}: not a parameter here, since this notebook sets it itself")
-            if node.id not in known:
-                close = difflib.get_close_matches(node.id, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-                raise UserError(f"unknown parameter {node.id!r}{hint}")
+    injected = [source for source in namespace.get("In", []) if source.startswith("# Parameters")]
+    nodes = itertools.chain.from_iterable(ast.walk(ast.parse(source)) for source in injected)
+    for name in (node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)):
+        if name in fixed:
+            raise UserError(f"{name}: not a parameter here, since this notebook sets it itself")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise UserError(f"unknown parameter {name!r}{hint}")
 
 
 def _choose_profile(values: dict) -> None:

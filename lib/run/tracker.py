@@ -97,7 +97,6 @@ class Tracker:
 
 def _set_aside(run_dir: Path) -> None:
     """Move what an unfinished run, or one to be overwritten, left in its folder; refuse a folder of other things."""
-    put_back(run_dir)
     paths = _left(run_dir)
     foreign = sorted(path.name for path in paths if path.name.removesuffix(".tmp") not in FILES)
     if (

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from lib.files import PROJECT_ROOT, absolute, append_lines, file_hashes, read_json, read_lines, shorten_path, write_json
+from lib.files import PROJECT_ROOT, append_lines, read_json, read_lines, shorten_path, write_json
 from lib.report.statistics import holm, paired_difference
-from lib.study.plan import PlannedRun, refuse_other_files, refuse_other_settings
+from lib.study.plan import PlannedRun, data_files, refuse_other_files, refuse_other_settings
 
 TUNE_NOTEBOOK = PROJECT_ROOT / "notebooks/tune.ipynb"
 # What is tried where the notebook leaves it open: the best point should lie inside, not at the edge.
@@ -80,8 +80,7 @@ def read_choice(folder: Path, settings: dict) -> dict:
     made = {name: value for name, value in found.get("settings", {}).items() if name not in OF_ITS_OWN}
     refuse_other_settings(made, settings, f"{shorten_path(path)}: chosen for")
     if files := found.get("files"):
-        now = file_hashes(absolute(settings["data_dir"]), settings.get("prompt_template"))
-        refuse_other_files(files, now, f"{shorten_path(path)}: chosen on")
+        refuse_other_files(files, data_files(settings), f"{shorten_path(path)}: chosen on")
     return found
 
 

@@ -149,6 +149,11 @@ def refuse_other_settings(made: dict | None, asked: dict, what: str) -> None:
         raise UserError(f"{what} other settings ({'; '.join(changed)}); {hint}")
 
 
+def data_files(settings: dict) -> dict[str, str]:
+    """`file_hashes` of the data that resolved settings name, as they are now."""
+    return file_hashes(absolute(settings["data_dir"]), settings.get("prompt_template"))
+
+
 def refuse_other_files(made: dict | None, now: dict, what: str) -> None:
     """UserError, which begins with `what`, where data files are not those any more that something was `made` from."""
     if changed := changed_files(made, now):
@@ -162,7 +167,7 @@ def differences(run: PlannedRun, folder: Path, settings: dict) -> list[str]:
     made = read_json(folder / "config.json")
     found, files = compare(made.get("parameters", {}), asked), made.get("data", {}).get("files")
     if files and not found:  # the same folder, which may have other files by now
-        found = changed_files(files, file_hashes(absolute(settings["data_dir"]), settings.get("prompt_template")))
+        found = changed_files(files, data_files(settings))
     return found
 
 

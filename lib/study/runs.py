@@ -5,8 +5,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.files import UserError, absolute, read_json, shorten_path
-from lib.settings import is_folder_name
+from lib.files import UserError, read_json, shorten_path
+from lib.settings import model_path
 from lib.study.execution import POLL, Execution, end
 from lib.study.plan import PlannedRun
 from lib.study.progress import Job, Position, Progress, spell, work
@@ -140,8 +140,7 @@ def engine_share(settings: dict, at_once: int, places: int) -> float | None:
 
     both = places > 1 or settings["train_device"] == settings["eval_device"]
     count = -(-at_once // places)  # of policies on one card, and of engines
-    model = settings["model"]  # as it is shown: a folder's path may be short
-    model = str(absolute(model)) if is_folder_name(model) else model
+    model = model_path(settings["model"])  # which is shown by a short path
     shape = memory.model_shape(model, settings["trust_remote_code"], settings["revision"])
     total, _ = memory.card_memory(settings["eval_device"])
     asked = {name: settings.get(name) for name in ("microbatch_tokens", "optimizer", "recompute")}

@@ -11,7 +11,7 @@ import torch
 from lib.evaluation.engine import shutdown
 from lib.evaluation.evaluate import summarize
 from lib.evaluation.weights import load_policy_into_vllm_instance, prove_sync
-from lib.files import UserError, append_lines, file_hashes, read_lines, shorten_path, write_lines
+from lib.files import UserError, append_lines, read_lines, shorten_path, write_lines
 from lib.grading import stop_workers
 from lib.logs import captured, quiet_libraries
 from lib.run import lock as locks
@@ -45,14 +45,14 @@ def tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int],
 def _tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int], folder: Path) -> Iterator[dict]:
     (folder / "records").mkdir(exist_ok=True)
     path, log_file = folder / "tuning.jsonl", folder / "run.log"
-    rows, files = read_lines(path), file_hashes(Path(config.data_dir), config.prompt_template)
-    for number, row in enumerate(rows, start=1):  # one choice can't be made from two grids
-        what = f"{shorten_path(path)}, line {number}: made with"
+    rows = {f"{shorten_path(path)}, line {number}: made with": row for number, row in enumerate(read_lines(path), 1)}
+    for what, row in rows.items():  # one choice can't be made from two grids
         refuse_other_settings(row.get("settings"), _settings(config), what)
-        refuse_other_files(row.get("files"), files, what)
-    done = {(row["learning_rate"], row["batch_size"]): row for row in rows}
-    grid = list(itertools.product(learning_rates, batch_sizes))
     runs = {size: prepare(config.model_copy(update={"batch_size": size})) for size in batch_sizes}
+    for what, row in rows.items():
+        refuse_other_files(row.get("files"), runs[batch_sizes[0]].sizes["files"], what)
+    done = {(row["learning_rate"], row["batch_size"]): row for row in rows.values()}
+    grid = list(itertools.product(learning_rates, batch_sizes))
     yield from (done[point] for point in grid if point in done)
     left = [point for point in grid if point not in done]
     if not left:
@@ -71,7 +71,6 @@ def _tune(config: RunConfig, learning_rates: list[float], batch_sizes: list[int]
             run.config, run.engine = run.config.model_copy(update={"learning_rate": rate}), engine
             policy.load_state_dict(base)
             row, records = _train_and_evaluate(policy, run)
-            row["files"] = files
             write_lines(records_file(folder, row), records)
             append_lines(path, [row])
             yield row
@@ -119,5 +118,6 @@ def _train_and_evaluate(policy: torch.nn.Module, run: Run) -> tuple[dict, list[d
         "seconds": time.perf_counter() - started,
         "seed": config.seed,
         "settings": _settings(config),
+        "files": run.sizes["files"],
     }
     return row, [{key: record[key] for key in RECORDED} for record in records]
